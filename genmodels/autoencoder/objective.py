@@ -1,0 +1,263 @@
+"""The training objective of the KL autoencoder of latent diffusion.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G, with the
+adversarial part of Esser et al., "Taming Transformers" (CVPR 2021) as a second phase.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from genmodels import random
+from genmodels.autoencoder.network import (
+    PatchDiscriminator,
+    ReconstructingAutoencoder,
+    Reconstruction,
+    hinge_loss,
+    kl_divergence,
+)
+from genmodels.autoencoder.perceptual import PerceptualDistance
+from genmodels.config import Section
+from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.weights import forward_flops, load_into
+
+
+class DiscriminatorConfig(Section):
+    """A patch discriminator, trained by a second phase that starts late."""
+
+    start_step: int = Field(50_000, ge=0, description="first step at which it is trained and judges reconstructions")
+    weight: float = Field(0.05, gt=0, description="of the adversarial term, beside errors averaged over pixels")
+    channels: int = Field(64, gt=0, multiple_of=4, description="features after its first convolution")
+    layers: int = Field(3, gt=0, description="further convolutions; 3 give patches of 70 by 70 pixels")
+
+
+class AutoencoderConfig(Section):
+    """A KL-regularised autoencoder (diffusers' AutoencoderKL)."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    image_size: int = Field(256, gt=0, description="height and width in pixels")
+    channels: list[int] = Field(
+        [128, 256, 512], min_length=1, description="per resolution; three entries reduce by 4 (f4), four by 8 (f8)"
+    )
+    latent_channels: int = Field(4, gt=0, description="channels of the latents")
+    layers_per_block: int = Field(2, gt=0, description="residual blocks per resolution")
+    norm_groups: int = Field(32, gt=0, description="groups of the normalisation; divides every entry of channels")
+    reconstruction: Literal["l1", "l2"] = Field("l1", description="error per pixel: absolute (l1) or squared (l2)")
+    kl_weight: float = Field(1e-6, ge=0, description="of the KL divergence in nats, beside errors summed over pixels")
+    perceptual: str | None = Field(None, description="local safetensors file of LPIPS weights (VGG-16); null is none")
+    perceptual_weight: float = Field(1.0, ge=0, description="of the perceptual distance, where there is one")
+    discriminator: DiscriminatorConfig | None = Field(None, description="patch discriminator; null is none")
+
+    @model_validator(mode="after")
+    def _fits(self) -> AutoencoderConfig:
+        for channels in self.channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+        if self.image_size % self.factor:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {self.factor} (from channels)")
+        return self
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.channels) - 1)
+
+
+class Autoencoder(Objective):
+    """Reconstruction, KL and optionally perceptual and adversarial terms; the latents' scale is measured at the end.
+
+    The loss is Rombach's, divided by the number of values in an image: weights mean the same at every resolution.
+    """
+
+    def __init__(self, config: AutoencoderConfig, perceptual: PerceptualDistance | None = None) -> None:
+        self.config = config
+        self.autoencoder = build_autoencoder(config)
+        self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
+        self.frozen: dict[str, nn.Module] = {} if perceptual is None else {"perceptual": perceptual}
+        self.perceptual = perceptual
+        self.phases = [Phase("autoencoder", self.autoencoder_loss)]
+        self.latent_std = torch.ones((), dtype=torch.float64)
+        if config.discriminator is not None:
+            self.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
+            self.networks["discriminator"] = self.discriminator
+            self.phases.append(
+                Phase("discriminator", self.discriminator_loss, start_step=config.discriminator.start_step)
+            )
+
+    @staticmethod
+    def from_config(config: AutoencoderConfig, inputs: Path | None = None) -> Autoencoder:
+        """Build from a configuration; `inputs/perceptual.safetensors` goes before the path that the config names.
+
+        Raises:
+            ValueError: the perceptual weights are missing or of another shape.
+        """
+        perceptual = None
+        if config.perceptual is not None:
+            staged = None if inputs is None else inputs / "perceptual.safetensors"
+            path = staged if staged is not None and staged.is_file() else Path(config.perceptual)
+            perceptual = PerceptualDistance.from_file(path)
+        return Autoencoder(config, perceptual)
+
+    @staticmethod
+    def abstract_networks(config: AutoencoderConfig) -> dict[str, nn.Module]:
+        """The trained networks on the meta device, to count parameters."""
+        with torch.device("meta"):
+            return Autoencoder(config.model_copy(update={"perceptual": None})).networks
+
+    def reconstruct(self, batch: Batch) -> Reconstruction:
+        """One pass with a sample of the posterior that comes from the batch's seeds."""
+        size = self.config.image_size // self.config.factor
+        noise = random.normal(batch["seeds"], (self.config.latent_channels, size, size), "latent")
+        return self.autoencoder(batch["images"], noise)
+
+    def autoencoder_loss(self, batch: Batch) -> PhaseLoss:
+        """Reconstruction + KL + perceptual and, from the discriminator's start on, −D(reconstruction)."""
+        result = self.reconstruct(batch)
+        terms = self._terms(batch, result)
+        per_sample = terms["loss"]
+        if self.config.discriminator is not None:
+            adversarial = torch.zeros_like(per_sample)
+            if batch["step"] >= self.config.discriminator.start_step:
+                adversarial = -self.discriminator(result.images).flatten(1).mean(1)
+                per_sample = per_sample + self.config.discriminator.weight * adversarial
+            terms["adversarial"] = adversarial
+        metrics = {name: Mean.of(values, batch["weight"]) for name, values in {**terms, "loss": per_sample}.items()}
+        return PhaseLoss((batch["weight"] * per_sample).mean(), metrics)
+
+    def discriminator_loss(self, batch: Batch) -> PhaseLoss:
+        """Hinge loss of real images against reconstructions, which pass no gradient on."""
+        with torch.no_grad():
+            fake_images = self.reconstruct(batch).images
+        real, fake = self.discriminator(batch["images"]), self.discriminator(fake_images)
+        per_sample = hinge_loss(real, fake)
+        metrics = {
+            "discriminator_loss": Mean.of(per_sample, batch["weight"]),
+            "score_real": Mean.of(real.flatten(1).mean(1), batch["weight"]),
+            "score_fake": Mean.of(fake.flatten(1).mean(1), batch["weight"]),
+        }
+        return PhaseLoss((batch["weight"] * per_sample).mean(), metrics)
+
+    def validate(self, batch: Batch) -> dict[str, Mean]:
+        """`loss` without the adversarial term, `l1`, `kl` in nats per image, and `psnr` in dB."""
+        result = self.reconstruct(batch)
+        terms = self._terms(batch, result)
+        terms["psnr"] = psnr(result.images, batch["images"])
+        return {name: Mean.of(values, batch["weight"]) for name, values in terms.items()}
+
+    def preview(self, batch: Batch) -> Preview:
+        """Eight held-out images, each beside its reconstruction."""
+        images = batch["images"][:8]
+        result = self.autoencoder(images).images.clamp(-1, 1)
+        pairs = torch.stack([images, result], dim=1).flatten(0, 1)
+        return Preview(pairs, ["image", "reconstruction"] * len(images))
+
+    @torch.no_grad()
+    def finish(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Measure the deviation of the latents; its inverse becomes the export's `scaling_factor`.
+
+        Every rank must be given the same batches, so that all keep the same figure.
+
+        Raises:
+            ValueError: there is no sample in the batches, or all latents are alike.
+        """
+        total = square = decibels = torch.zeros((), dtype=torch.float64)
+        values = samples = 0.0
+        for batch in batches:
+            result = self.reconstruct(batch)
+            weight = batch["weight"].double().cpu()
+            latents = result.latents.double().cpu().flatten(1)
+            total = total + (weight[:, None] * latents).sum()
+            square = square + (weight[:, None] * latents.square()).sum()
+            values += float(weight.sum()) * latents.shape[1]
+            decibels = decibels + (weight * psnr(result.images, batch["images"]).double().cpu()).sum()
+            samples += float(weight.sum())
+        if not samples:
+            raise ValueError("the latents' scale cannot be measured: no sample was given")
+        std = (square / values - (total / values) ** 2).sqrt()
+        if not std > 0:
+            raise ValueError(f"the latents' scale cannot be measured: their deviation is {float(std)}")
+        self.latent_std = std
+        return {"latent_std": float(std), "reconstruction_psnr": float(decibels / samples)}
+
+    @property
+    def scaling_factor(self) -> float:
+        """What latents are multiplied by before diffusion, so that their deviation is 1."""
+        return 1.0 / float(self.latent_std)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The measured deviation of the latents; 1 before `finish`."""
+        return {"latent_std": self.latent_std}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.latent_std = state["latent_std"].double().cpu()
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """A diffusers AutoencoderKL folder with the measured scaling factor; opened by `from_pretrained`."""
+        self.autoencoder.model.register_to_config(scaling_factor=self.scaling_factor)
+        self.autoencoder.model.save_pretrained(folder, safe_serialization=True)
+        return {
+            "layout": "AutoencoderKL",
+            "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items()},
+            "scaling_factor": self.scaling_factor,
+            "factor": self.config.factor,
+        }
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from an AutoencoderKL folder, or the `vae/` of a Stable Diffusion folder.
+
+        Raises:
+            ValueError: the weights are missing or have other shapes.
+        """
+        load_into(self.autoencoder.model, folder / "vae" if (folder / "vae").is_dir() else folder)
+
+    def flops_per_sample(self) -> float:
+        """Of the autoencoder's forward pass; the discriminator's and the perceptual network's are not counted."""
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float:
+        size = self.config.image_size
+        return forward_flops(lambda: build_autoencoder(self.config), ((1, 3, size, size), torch.float32))
+
+    def _terms(self, batch: Batch, result: Reconstruction) -> dict[str, Tensor]:
+        """Each sample's loss and its parts, (batch,) each."""
+        difference = result.images - batch["images"]
+        l1 = difference.abs().flatten(1).mean(1)
+        error = l1 if self.config.reconstruction == "l1" else difference.square().flatten(1).mean(1)
+        kl = kl_divergence(result.mean, result.log_variance)
+        terms = {"loss": error + self.config.kl_weight * kl / difference[0].numel(), "l1": l1, "kl": kl}
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(result.images, batch["images"])
+            terms["loss"] = terms["loss"] + self.config.perceptual_weight * terms["perceptual"]
+        return terms
+
+
+def build_autoencoder(config: AutoencoderConfig) -> ReconstructingAutoencoder:
+    """A freshly initialised autoencoder."""
+    blocks = len(config.channels)
+    return ReconstructingAutoencoder(
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * blocks,
+            up_block_types=("UpDecoderBlock2D",) * blocks,
+            block_out_channels=tuple(config.channels),
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+            norm_num_groups=config.norm_groups,
+            sample_size=config.image_size,
+            scaling_factor=1.0,
+        )
+    )
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]: (batch, …) → (batch,)."""
+    error = (images.clamp(-1, 1) - references).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / error.clamp(min=1e-10))

@@ -1,0 +1,75 @@
+"""What a diffusion model is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from genmodels.config import Section
+from genmodels.diffusion.noise_schedule import ScheduleName
+from genmodels.text.encoder import TextEncoderConfig, TrainedTextEncoder
+
+
+class UNetConfig(Section):
+    """The U-Net: diffusers' UNet2DConditionModel with a text encoder, UNet2DModel without."""
+
+    channels: list[int] = Field(
+        [320, 640, 1280, 1280], min_length=1, description="channels per resolution, fine to coarse"
+    )
+    attention: list[bool] = Field([True, True, True, False], description="attention at that resolution, one per entry")
+    layers_per_block: int = Field(2, gt=0, description="residual blocks per resolution")
+    transformer_layers: int = Field(1, gt=0, description="transformer layers per attention (with a text encoder)")
+    head_dim: int = Field(40, gt=0, description="features per attention head; divides the channels that attend")
+    norm_groups: int = Field(32, gt=0, description="groups of the normalisation; divides every entry of channels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped in residual blocks")
+
+    @model_validator(mode="after")
+    def _fits(self) -> UNetConfig:
+        if len(self.attention) != len(self.channels):
+            raise ValueError(f"attention has {len(self.attention)} entries, channels has {len(self.channels)}")
+        for channels, attends in zip(self.channels, self.attention):
+            if channels % self.norm_groups:
+                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+            if attends and channels % self.head_dim:
+                raise ValueError(f"channels {channels} is not a multiple of head_dim {self.head_dim}")
+        if self.channels[-1] % self.head_dim:  # the middle always attends
+            raise ValueError(f"channels {self.channels[-1]} is not a multiple of head_dim {self.head_dim}")
+        return self
+
+
+class LatentDiffusionConfig(Section):
+    """Diffusion in the latents of an autoencoder or in pixels, with or without text (Rombach et al. 2022)."""
+
+    kind: Literal["latent_diffusion"] = "latent_diffusion"
+    image_size: int = Field(256, gt=0, description="height and width in pixels")
+    autoencoder: str | None = Field(
+        None, description="folder, checkpoint or models:/NAME of the autoencoder; null diffuses pixels"
+    )
+    unet: UNetConfig = Field(UNetConfig(), description="the U-Net")
+    text_encoder: TextEncoderConfig = Field(
+        TrainedTextEncoder(), description="kind trained, pretrained or none (no condition)"
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the U-Net predicts")
+    noise_schedule: ScheduleName = Field("scaled_linear", description="linear, scaled_linear or cosine")
+    train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule")
+    condition_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for classifier-free guidance"
+    )
+    preview_steps: int = Field(15, gt=0, description="DDIM steps of the sample grids")
+    preview_guidance_scale: float = Field(2.0, ge=1, description="guidance scale of the sample grids")
+    preview_samples: int = Field(16, gt=0, description="samples in a grid, at most")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it is conditioned on text."""
+        return self.text_encoder.kind != "none"
+
+
+def export_layout(config: LatentDiffusionConfig) -> str:
+    """Who opens the export: "Stable Diffusion" or "DDPMPipeline" (diffusers' pipelines), or "own" (only ours)."""
+    if config.conditional and config.autoencoder is not None:
+        return "Stable Diffusion"
+    if not config.conditional and config.autoencoder is None:
+        return "DDPMPipeline"
+    return "own"

@@ -1,0 +1,55 @@
+"""Writing a diffusion model as a folder that others open: JSON and safetensors, in diffusers' layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+
+from genmodels.diffusion.config import export_layout
+from genmodels.diffusion.objective import LatentDiffusion
+from genmodels.text.tokenizer import save as save_tokenizer
+
+OWN_INDEX = "genmodels.json"
+
+
+def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
+    """Write `unet/`, `scheduler/` and, where the model has them, `vae/`, `text_encoder/` and `tokenizer/`.
+
+    The layout is `export_layout(objective.config)`: the first two carry a `model_index.json` with which diffusers'
+    own pipelines open them, the third a `genmodels.json`. `TextToImage.from_folder` opens all three.
+    """
+    layout = export_layout(objective.config)
+    folder.mkdir(parents=True, exist_ok=True)
+    unet: Any = objective.denoiser.unet
+    parts: dict[str, tuple[str, str]] = {"unet": ("diffusers", type(unet).__name__)}
+    unet.save_pretrained(folder / "unet", safe_serialization=True)
+
+    sampler_class = DDPMScheduler if layout == "DDPMPipeline" else DDIMScheduler
+    sampler: Any = sampler_class.from_config(objective.sampler_settings)
+    sampler.save_pretrained(folder / "scheduler")
+    parts["scheduler"] = ("diffusers", type(sampler).__name__)
+
+    if objective.autoencoder is not None:
+        objective.autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
+        parts["vae"] = ("diffusers", "AutoencoderKL")
+    if isinstance(unet, UNet2DConditionModel):
+        text_encoder: Any = objective.denoiser.text_encoder or objective.text_encoder
+        if text_encoder is None or objective.tokenizer is None:
+            raise ValueError("a conditional model exports with its text encoder and tokenizer, and one is missing")
+        text_encoder.save_pretrained(folder / "text_encoder")
+        save_tokenizer(objective.tokenizer, folder / "tokenizer")
+        parts |= {"text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer")}
+
+    index: dict[str, Any] = {name: list(where) for name, where in sorted(parts.items())}
+    if layout == "Stable Diffusion":
+        absent = {name: [None, None] for name in ("safety_checker", "feature_extractor", "image_encoder")}
+        index = {"_class_name": "StableDiffusionPipeline", **index, **absent, "requires_safety_checker": False}
+    elif layout == "DDPMPipeline":
+        index = {"_class_name": "DDPMPipeline", **index}
+    name = OWN_INDEX if layout == "own" else "model_index.json"
+    index["_diffusers_version"] = diffusers.__version__
+    (folder / name).write_text(json.dumps(index, indent=2) + "\n")

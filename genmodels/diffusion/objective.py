@@ -1,0 +1,267 @@
+"""The training objective of (latent) diffusion models, with or without text.
+
+Ho et al. 2020, eq. 14, in the latents of an autoencoder as in Rombach et al., "High-Resolution Image Synthesis with
+Latent Diffusion Models" (CVPR 2022), eq. 3; captions are dropped for classifier-free guidance (Ho and Salimans 2022).
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from genmodels import random
+from genmodels.diffusion.config import LatentDiffusionConfig, export_layout
+from genmodels.diffusion.network import ConditionalDenoiser, build_unet, example_inputs
+from genmodels.diffusion.noise_schedule import NoiseSchedule
+from genmodels.diffusion.sampler import make_sampler, sample, sampler_settings
+from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.text.encoder import PretrainedTextEncoder, TrainedTextEncoder, build_text_encoder, pretrained_width
+from genmodels.text.tokenizer import encode
+from genmodels.text.tokenizer import load as load_tokenizer
+from genmodels.weights import forward_flops, load_into
+
+TIMESTEP_BINS = 4
+PREVIEW_SEED = 1234
+
+
+class LatentDiffusion(Objective):
+    """Denoising of latents or pixels; one network ("denoiser"), one phase.
+
+    All randomness comes from `batch["seeds"]`: the posterior's sample, timesteps, noise and the dropped captions.
+    """
+
+    def __init__(
+        self,
+        config: LatentDiffusionConfig,
+        denoiser: ConditionalDenoiser,
+        autoencoder: AutoencoderKL | None = None,
+        text_encoder: CLIPTextModel | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+    ) -> None:
+        """Args: `text_encoder` is the frozen one, if any; one that is trained along is part of `denoiser`."""
+        self.config = config
+        self.denoiser = denoiser
+        self.autoencoder = autoencoder
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+        self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
+        self.frozen: dict[str, nn.Module] = {
+            name: network.eval().requires_grad_(False)
+            for name, network in (("autoencoder", autoencoder), ("text_encoder", text_encoder))
+            if network is not None
+        }
+        self.phases = [Phase("denoiser", self.loss)]
+        self.noise_schedule = NoiseSchedule.named(config.noise_schedule, config.train_timesteps)
+        self.empty_ids = None if tokenizer is None else encode(tokenizer, [""])  # (1, length)
+
+    @staticmethod
+    def from_config(config: LatentDiffusionConfig, inputs: Path | None = None) -> LatentDiffusion:
+        """Build from a configuration.
+
+        Args:
+            config: what to build.
+            inputs: folder that holds `autoencoder/` (a diffusers AutoencoderKL), `tokenizer/`, and `text_encoder/`
+                where it is pretrained.
+
+        Raises:
+            ValueError: an input is missing or does not fit; the message names it.
+        """
+        autoencoder = tokenizer = frozen_text = None
+        if config.autoencoder is not None:
+            folder = _required(inputs, "autoencoder")
+            autoencoder = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        if config.conditional:
+            tokenizer = load_tokenizer(_required(inputs, "tokenizer"))
+        if isinstance(config.text_encoder, PretrainedTextEncoder):
+            folder = _required(inputs, "text_encoder")
+            frozen_text = CLIPTextModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        denoiser = build_denoiser(config, autoencoder, frozen_text, tokenizer)
+        return LatentDiffusion(config, denoiser, autoencoder, frozen_text, tokenizer)
+
+    @staticmethod
+    def abstract_networks(config: LatentDiffusionConfig) -> dict[str, nn.Module]:
+        """The trained networks on the meta device, to count parameters before any input is at hand."""
+        with torch.device("meta"):
+            return {"denoiser": build_denoiser(config)}
+
+    def loss(self, batch: Batch) -> PhaseLoss:
+        """Mean over the slots of w ‖prediction − target‖², w = 0 for quarantined samples."""
+        timesteps = random.integers(batch["seeds"], self.config.train_timesteps, "timesteps")
+        per_sample = self._errors(batch, self.latents(batch), timesteps, self.condition(batch, dropout=True))
+        # The mean is over slots, not over Σw: it weighs a sample the same at every world size.
+        loss = (batch["weight"] * per_sample).mean()
+        metrics = {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
+        return PhaseLoss(loss, metrics)
+
+    def validate(self, batch: Batch) -> dict[str, Mean]:
+        """The loss with no caption dropped, each sample at one timestep in each quarter of the schedule."""
+        latents, condition = self.latents(batch), self.condition(batch, dropout=False)
+        position = random.uniform(batch["seeds"], (), "timesteps")
+        parts = []
+        for quarter in range(TIMESTEP_BINS):
+            timesteps = ((quarter + position) / TIMESTEP_BINS * self.config.train_timesteps).long()
+            per_sample = self._errors(batch, latents, timesteps, condition)
+            parts.append(
+                {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
+            )
+        return {
+            name: Mean(sum(part[name].total for part in parts), sum(part[name].count for part in parts))  # type: ignore[arg-type]
+            for name in parts[0]
+        }
+
+    @torch.no_grad()
+    def latents(self, batch: Batch) -> Tensor:
+        """What is diffused: scaled samples of the autoencoder's posterior, or the images themselves."""
+        if self.autoencoder is None:
+            return batch["images"]
+        images = batch["images"].to(next(self.autoencoder.parameters()).dtype)
+        posterior = self.autoencoder.encode(images).latent_dist
+        noise = random.normal(batch["seeds"], posterior.mean.shape[1:], "latent")
+        return (posterior.mean + posterior.std * noise).float() * self.autoencoder.config.scaling_factor
+
+    def condition(self, batch: Batch, dropout: bool) -> Tensor | None:
+        """The denoiser's condition; with `dropout`, some captions are replaced by the empty one, by their seeds."""
+        if not self.config.conditional:
+            return None
+        token_ids = batch["token_ids"]
+        if dropout and self.config.condition_dropout > 0:
+            dropped = random.uniform(batch["seeds"], (), "dropout") < self.config.condition_dropout
+            token_ids = torch.where(dropped[:, None], self._empty(token_ids), token_ids)
+        return self.encode_text(token_ids)
+
+    def encode_text(self, token_ids: Tensor) -> Tensor:
+        """Features of the frozen text encoder; token ids as they are where the denoiser holds the encoder."""
+        if self.text_encoder is None:
+            return token_ids
+        with torch.no_grad():
+            return self.text_encoder(token_ids).last_hidden_state
+
+    def preview(self, batch: Batch) -> Preview:
+        """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
+        count = min(self.config.preview_samples, len(batch["images"]))
+        device = batch["images"].device
+        condition = negative = None
+        if self.config.conditional:
+            token_ids = batch["token_ids"][:count]
+            condition = self.encode_text(token_ids)
+            negative = self.encode_text(self._empty(token_ids).expand_as(token_ids))
+        unet: Any = self.denoiser.unet
+        latents = sample(
+            self.denoiser,
+            (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
+            torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=device),
+            make_sampler("ddim", self.sampler_settings),
+            min(self.config.preview_steps, self.config.train_timesteps - 1),
+            condition,
+            negative,
+            self.config.preview_guidance_scale,
+        )
+        titles = list(batch["captions"][:count]) if self.config.conditional else []
+        return Preview(self.decode(latents).clamp(-1, 1), titles)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images of latents (batch, channels, height, width), nominally in [-1, 1]."""
+        if self.autoencoder is None:
+            return latents
+        dtype = next(self.autoencoder.parameters()).dtype
+        return self.autoencoder.decode((latents / self.autoencoder.config.scaling_factor).to(dtype)).sample.float()
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write the model in the layout that `export_layout` names; returns that name and the parameter counts."""
+        from genmodels.diffusion.export import export_diffusion
+
+        export_diffusion(self, folder)
+        return {
+            "layout": export_layout(self.config),
+            "parameters": {
+                name: sum(p.numel() for p in network.parameters())
+                for name, network in {**self.networks, **self.frozen}.items()
+            },
+        }
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from an export: its `unet/` and, where it is trained along, its `text_encoder/`.
+
+        Raises:
+            ValueError: a part is missing or has other shapes.
+        """
+        load_into(self.denoiser.unet, folder / "unet")
+        if self.denoiser.text_encoder is not None:
+            load_into(self.denoiser.text_encoder, folder / "text_encoder")
+
+    def flops_per_sample(self) -> float:
+        """Of the denoiser's forward pass; the frozen networks are not counted."""
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float:
+        shapes = example_inputs(self.denoiser)
+        return forward_flops(
+            lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer), *shapes
+        )
+
+    @property
+    def sampler_settings(self) -> dict[str, Any]:
+        """What training fixes of a sampler, as diffusers names it. Pixels are clipped to [-1, 1], latents are not."""
+        return sampler_settings(
+            self.config.noise_schedule,
+            self.config.prediction_type,
+            self.config.train_timesteps,
+            clip=self.config.autoencoder is None,
+        )
+
+    def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
+        """Mean squared error of each sample's prediction, float32 (batch,)."""
+        noise = random.normal(batch["seeds"], latents.shape[1:], "noise")
+        noisy = self.noise_schedule.q_sample(latents, timesteps, noise)
+        target = self.noise_schedule.target(self.config.prediction_type, latents, noise, timesteps)
+        return (self.denoiser(noisy, timesteps, condition) - target).square().flatten(1).mean(1)
+
+    def _by_timestep(self, per_sample: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, Mean]:
+        bins = timesteps * TIMESTEP_BINS // self.config.train_timesteps
+        return {f"loss_t{k}": Mean.of(per_sample, batch["weight"] * (bins == k)) for k in range(TIMESTEP_BINS)}
+
+    def _empty(self, like: Tensor) -> Tensor:
+        if self.empty_ids is None:
+            raise ValueError("replacing captions by the empty one needs the tokenizer")
+        return self.empty_ids.to(like.device)
+
+
+def build_denoiser(
+    config: LatentDiffusionConfig,
+    autoencoder: AutoencoderKL | None = None,
+    frozen_text: CLIPTextModel | None = None,
+    tokenizer: CLIPTokenizer | None = None,
+) -> ConditionalDenoiser:
+    """A freshly initialised denoiser that fits the other parts; those not at hand are taken to be of the usual size.
+
+    Raises:
+        ValueError: `image_size` is not a multiple of the autoencoder's reduction.
+    """
+    channels, size = 3, config.image_size
+    if config.autoencoder is not None:
+        factor = 8 if autoencoder is None else 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        channels = 4 if autoencoder is None else autoencoder.config.latent_channels
+        if autoencoder is not None and size % factor:
+            raise ValueError(f"image_size {size} is not a multiple of the autoencoder's factor {factor}")
+        size //= factor
+    text_encoder, width = None, None
+    if isinstance(config.text_encoder, TrainedTextEncoder):
+        text_encoder = build_text_encoder(config.text_encoder, tokenizer)
+        width = config.text_encoder.width
+    elif isinstance(config.text_encoder, PretrainedTextEncoder):
+        path = Path(config.text_encoder.path)
+        width = pretrained_width(path) if frozen_text is None else frozen_text.config.hidden_size
+    return ConditionalDenoiser(build_unet(config.unet, channels, size, width), text_encoder)
+
+
+def _required(inputs: Path | None, name: str) -> Path:
+    if inputs is None or not (inputs / name).is_dir():
+        raise ValueError(f"this configuration needs {name}/ among its inputs, and there is none in {inputs}")
+    return inputs / name

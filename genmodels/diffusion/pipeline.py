@@ -1,0 +1,191 @@
+"""Drawing pictures with a trained diffusion model, from a folder to 8-bit pixels."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from genmodels.diffusion.network import ConditionalDenoiser
+from genmodels.diffusion.sampler import SamplerName, make_sampler, sample
+from genmodels.text.tokenizer import encode
+from genmodels.text.tokenizer import load as load_tokenizer
+
+UNETS: dict[str, type] = {"UNet2DConditionModel": UNet2DConditionModel, "UNet2DModel": UNet2DModel}
+
+
+class TextToImage:
+    """A diffusion model that draws; a picture depends on its prompt and seed, not on the batch it was drawn in.
+
+    Example:
+        >>> model = TextToImage.from_folder(Path("export"))  # doctest: +SKIP
+        >>> model.draw(["a red seven on a white background"], seeds=[1]).shape  # doctest: +SKIP
+        (1, 32, 32, 3)
+    """
+
+    def __init__(
+        self,
+        denoiser: ConditionalDenoiser,
+        sampler_settings: dict[str, Any],
+        autoencoder: AutoencoderKL | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+        precision: str = "fp32",
+    ) -> None:
+        """Args: a model with a tokenizer is conditional, and `denoiser` holds its text encoder."""
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision is {precision!r}, must be fp32 or bf16")
+        self.precision = precision
+        self.denoiser = denoiser
+        self.sampler_settings = sampler_settings
+        self.autoencoder = autoencoder
+        self.tokenizer = tokenizer
+
+    @staticmethod
+    def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> TextToImage:
+        """Open an export of this project, or any folder in the Stable Diffusion or DDPMPipeline layout.
+
+        Args:
+            folder: local folder.
+            device: where to draw.
+            precision: "fp32", or "bf16" for the U-Net's products: faster where the processor has bfloat16, a little
+                off the float32 pictures.
+
+        Raises:
+            ValueError: a part is missing or the precision unknown; the message names it.
+        """
+        folder = Path(folder)
+        config = folder / "unet" / "config.json"
+        if not config.is_file():
+            raise ValueError(f"{folder} is no diffusion model: there is no unet/config.json")
+        name = json.loads(config.read_text())["_class_name"]
+        if name not in UNETS:
+            raise ValueError(f"{folder}/unet is a {name}; {' and '.join(UNETS)} can be drawn with")
+        options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+        unet: Any = UNETS[name].from_pretrained(folder / "unet", **options)  # type: ignore[attr-defined]
+        text_encoder = tokenizer = autoencoder = None
+        if name == "UNet2DConditionModel":
+            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
+            tokenizer = load_tokenizer(folder / "tokenizer")
+        if (folder / "vae").is_dir():
+            autoencoder = AutoencoderKL.from_pretrained(folder / "vae", **options).to(device).eval()
+        settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        denoiser = ConditionalDenoiser(unet, text_encoder).to(device).eval()
+        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        unet: Any = self.denoiser.unet
+        factor = 1 if self.autoencoder is None else 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        return int(unet.config.sample_size * factor)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it draws from prompts."""
+        return self.tokenizer is not None
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        prompts: Sequence[str] | None,
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None = None,
+        num_steps: int = 20,
+        guidance_scale: float = 2.0,
+        sampler: SamplerName = "ddim",
+        batch_size: int = 64,
+        progress: Callable[[float, int], None] | None = None,
+    ) -> np.ndarray:
+        """Draw one picture per prompt and seed.
+
+        Args:
+            prompts: one per picture; None for an unconditional model.
+            seeds: one per picture.
+            negative_prompts: one per picture, what to steer away from; None is the empty text.
+            num_steps: denoising steps.
+            guidance_scale: 1 is the conditional model; more follows the prompt more closely.
+            sampler: ddpm, ddim or dpm_solver++.
+            batch_size: pictures drawn together; it changes speed and memory, not the pictures.
+            progress: called after each step with the pictures drawn so far (fractions count) and their total.
+
+        Returns:
+            uint8 (pictures, height, width, 3).
+
+        Raises:
+            ValueError: prompts, negative prompts and seeds differ in number, prompts are given to an unconditional
+                model or missing for a conditional one, or sampler or num_steps are not possible.
+        """
+        if self.conditional and len(prompts or ()) != len(seeds):
+            raise ValueError(f"needs one prompt per seed: {len(prompts or ())} for {len(seeds)} seeds")
+        if not self.conditional and (prompts or negative_prompts):
+            raise ValueError("this model is unconditional: it takes seeds, and no prompts")
+        if negative_prompts is not None and len(negative_prompts) != len(seeds):
+            raise ValueError(f"needs one negative prompt per seed: {len(negative_prompts)} for {len(seeds)} seeds")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, must be 1 or more")
+        pictures = [np.empty((0, self.image_size, self.image_size, 3), dtype=np.uint8)]
+        for start in range(0, len(seeds), batch_size):
+            part = slice(start, min(start + batch_size, len(seeds)))
+            condition = None if prompts is None else self._features(prompts[part])
+            negative = None
+            if condition is not None:
+                negative = self._features([""] * len(condition) if negative_prompts is None else negative_prompts[part])
+
+            def on_step(done: int, part: slice = part) -> None:
+                if progress is not None:
+                    progress(part.start + (part.stop - part.start) * done / num_steps, len(seeds))
+
+            stepper = make_sampler(sampler, self.sampler_settings)
+            pictures.append(self._draw(seeds[part], stepper, num_steps, condition, negative, guidance_scale, on_step))
+        return np.concatenate(pictures)
+
+    def _draw(
+        self,
+        seeds: Sequence[int],
+        sampler: Any,
+        num_steps: int,
+        condition: Tensor | None,
+        negative: Tensor | None,
+        guidance_scale: float,
+        on_step: Callable[[int], None],
+    ) -> np.ndarray:
+        unet: Any = self.denoiser.unet
+        latents = sample(
+            self._denoise,
+            (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
+            torch.tensor(list(seeds), dtype=torch.int64, device=unet.device),
+            sampler,
+            num_steps,
+            condition,
+            negative,
+            guidance_scale,
+            on_step,
+        )
+        if self.autoencoder is not None:
+            latents = self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample
+        return to_pixels(latents)
+
+    def _features(self, prompts: Sequence[str]) -> Tensor:
+        """The text encoder's output, once per picture rather than once per step."""
+        assert self.tokenizer is not None and self.denoiser.text_encoder is not None
+        token_ids = encode(self.tokenizer, list(prompts)).to(self.denoiser.text_encoder.device)
+        return self.denoiser.text_encoder(token_ids).last_hidden_state
+
+    def _denoise(self, latents: Tensor, timesteps: Tensor, features: Tensor | None) -> Tensor:
+        unet: Any = self.denoiser.unet
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            if features is None:
+                return unet(latents, timesteps).sample
+            return unet(latents, timesteps, encoder_hidden_states=features).sample
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """8-bit pixels, uint8 (batch, height, width, channels), of images (batch, channels, height, width) in [-1, 1]."""
+    return ((images / 2 + 0.5).clamp(0, 1) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).cpu().numpy()

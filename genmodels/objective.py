@@ -1,0 +1,134 @@
+"""What the trainer knows of a model: networks, frozen networks, and an ordered list of phases.
+
+A new family is a new `Objective`; the trainer, the engines and the checkpoints stay as they are. In one training
+step the phases run in order; in each, only the phase's own network has gradients on. Whether a phase runs depends
+on the step alone, never on data: ranks that disagreed would wait for each other forever.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+"""One micro-batch of a rank. Keys that the image-text data path always gives:
+
+- `images`    float32 (batch, 3, height, width) in [-1, 1]
+- `weight`    float32 (batch,): 1, or 0 for a quarantined sample, whose slot then adds nothing to the loss
+- `seeds`     int64 (batch,): drawn from (seed, lane, position); all randomness of a sample comes from it
+- `keys`      list of `shard/key`
+- `captions`  list of str
+- `token_ids` int64 (batch, length), where the run has a tokenizer
+"""
+
+
+class Mean(NamedTuple):
+    """A metric as a sum and a count, so that micro-batches and ranks add up before they are divided."""
+
+    total: Tensor  # scalar
+    count: Tensor  # type: ignore[assignment]  # scalar
+
+    @staticmethod
+    def of(values: Tensor, weight: Tensor | None = None) -> Mean:
+        """Weighted mean of `values` (batch,); `weight` (batch,) defaults to ones."""
+        values = values.detach().float()
+        weight = torch.ones_like(values) if weight is None else weight.to(values)
+        return Mean((values * weight).sum(), weight.sum())
+
+
+class PhaseLoss(NamedTuple):
+    """What a phase gives back: the scalar to minimise and what to log. Metric names may not depend on data."""
+
+    loss: Tensor
+    metrics: dict[str, Mean]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One update of one network.
+
+    Args:
+        network: key in `Objective.networks`; its parameters alone have gradients on during `loss`.
+        loss: maps a micro-batch to a `PhaseLoss`. The loss is a mean over the slots of the micro-batch.
+        every: the phase runs at steps that are a multiple of this.
+        start_step: first step at which the phase runs.
+        couples_samples: the loss mixes the samples of a batch (a contrastive loss, batch norm). Accumulation would
+            then change its meaning, so it is refused.
+        double_backward: the loss differentiates a gradient (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
+    """
+
+    network: str
+    loss: Callable[[Batch], PhaseLoss]
+    every: int = 1
+    start_step: int = 0
+    couples_samples: bool = False
+    double_backward: bool = False
+
+    def runs_at(self, step: int) -> bool:
+        return step >= self.start_step and step % self.every == 0
+
+
+@dataclass
+class Preview:
+    """Pictures to look at during training: images (n, 3, height, width) in [-1, 1] and a title for each."""
+
+    images: Tensor
+    titles: list[str] = field(default_factory=list)
+    columns: int = 8
+
+
+class Objective:
+    """Base of all objectives. Subclasses fill `networks`, `frozen` and `phases` in `__init__`.
+
+    Losses call the plain modules in `networks`, never an engine. `validate` and `preview` run with EMA weights in
+    place, on every rank at the same time, under `torch.no_grad`.
+    """
+
+    networks: dict[str, nn.Module]
+    frozen: dict[str, nn.Module]
+    phases: Sequence[Phase]
+
+    def validate(self, batch: Batch) -> dict[str, Mean]:
+        """Metrics on held-out data. Must contain `loss`. Fixed noise and timesteps: all from `batch["seeds"]`."""
+        raise TypeError(f"{type(self).__name__} does not say how to validate")
+
+    def preview(self, batch: Batch) -> Preview | None:
+        """A grid for the eye, drawn for one fixed held-out batch; None where there is nothing to draw."""
+        return None
+
+    def finish(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """After the last step, with EMA weights: measure what the export needs (latent statistics, say).
+
+        Returns figures for the run's summary. What is measured is kept as the objective's own state.
+        """
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The objective's own state, beyond its networks; equal on all ranks."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state of its own, but the checkpoint has {sorted(state)}")
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write what others open, from the weights now in the networks; returns facts for the model card."""
+        raise TypeError(f"{type(self).__name__} does not export")
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from the weights of an export (fine-tuning). Raises ValueError naming what does not fit."""
+        raise TypeError(f"{type(self).__name__} cannot start from other weights")
+
+    @staticmethod
+    def abstract_networks(config: Any) -> dict[str, nn.Module]:
+        """The trained networks on the meta device: their sizes, before any input is at hand."""
+        raise TypeError("this family does not say how large it is")
+
+    def flops_per_sample(self) -> float | None:
+        """Floating point operations of one forward pass for one sample, where known (for model FLOP utilisation)."""
+        return None

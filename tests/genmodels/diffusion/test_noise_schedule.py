@@ -1,0 +1,58 @@
+"""The forward process against closed forms, in float64, and against diffusers' schedules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+
+from genmodels.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, betas
+
+NAMES = sorted(SCHEDULES)
+
+
+def noised(name: str):
+    schedule = NoiseSchedule.named(name)
+    generator = torch.Generator().manual_seed(1)
+    x, epsilon = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=generator)
+    timesteps = torch.randint(0, 990, (64,), generator=generator)  # the cosine schedule's last ᾱ are below 1e-4
+    return schedule, x, epsilon, timesteps, schedule.q_sample(x, timesteps, epsilon)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("steps", [1000, 100])
+def test_betas_are_those_of_diffusers(name, steps):
+    diffusers_name, first, last = SCHEDULES[name]
+    theirs = DDIMScheduler(steps, first, last, diffusers_name)
+    torch.testing.assert_close(betas(name, steps).float(), theirs.betas, rtol=2e-6, atol=2e-7)
+    ours = NoiseSchedule.named(name, steps).alpha_bar
+    torch.testing.assert_close(ours.float(), theirs.alphas_cumprod, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_of_q_equals_all_steps_composed(name):
+    schedule = NoiseSchedule.named(name)
+    mean, variance = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for t, beta in enumerate(betas(name)):
+        mean, variance = (1 - beta).sqrt() * mean, (1 - beta) * variance + beta
+        signal, noise = schedule.signal_and_noise(torch.tensor([t]), torch.zeros(1, dtype=torch.float64))
+        assert abs(signal.item() - mean.item()) < 1e-9 and abs(noise.item() ** 2 - variance.item()) < 1e-9
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_target_gives_back_sample_and_noise(name, prediction_type):
+    schedule, x, epsilon, timesteps, x_t = noised(name)
+    target = schedule.target(prediction_type, x, epsilon, timesteps)
+    torch.testing.assert_close(schedule.to_sample(prediction_type, target, x_t, timesteps), x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.to_epsilon(prediction_type, target, x_t, timesteps), epsilon, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_noising_and_v_agree_with_diffusers(name):
+    schedule, x, epsilon, timesteps, x_t = noised(name)
+    diffusers_name, first, last = SCHEDULES[name]
+    theirs = DDIMScheduler(1000, first, last, diffusers_name)
+    torch.testing.assert_close(theirs.add_noise(x, epsilon, timesteps), x_t, rtol=0, atol=1e-4)
+    v = schedule.target("v_prediction", x, epsilon, timesteps)
+    torch.testing.assert_close(theirs.get_velocity(x, epsilon, timesteps), v, rtol=0, atol=1e-4)

@@ -1,0 +1,183 @@
+"""Latent diffusion as the trainer sees it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from pydantic import TypeAdapter, ValidationError
+
+from genmodels import random
+from genmodels.families import ObjectiveConfig, build_objective
+from genmodels.text.encoder import TrainedTextEncoder, build_text_encoder
+from genmodels.text.tokenizer import encode
+from tests.genmodels import tiny
+
+
+@pytest.fixture
+def objective(inputs):
+    torch.manual_seed(0)
+    return build_objective(tiny.diffusion_config(), inputs)
+
+
+@pytest.fixture
+def batch(inputs):
+    return tiny.with_tokens(tiny.batch(8), inputs)
+
+
+def gradients(objective, batch):
+    objective.denoiser.zero_grad()
+    objective.loss(batch).loss.backward()
+    return {name: p.grad.clone() for name, p in objective.denoiser.named_parameters()}
+
+
+def rows(batch, part):
+    return {k: v if k == "step" else v[part] for k, v in batch.items()}
+
+
+def test_every_parameter_is_trained_and_the_frozen_autoencoder_is_not(objective, batch):
+    found = gradients(objective, batch)
+    assert all(g.abs().sum() > 0 for name, g in found.items() if "k_proj.bias" not in name)  # softmax drops that bias
+    assert any(name.startswith("text_encoder.") for name in found)
+    frozen = objective.frozen["autoencoder"]
+    assert not frozen.training and all(p.grad is None and not p.requires_grad for p in frozen.parameters())
+
+
+def test_a_sample_of_weight_0_adds_nothing(objective, batch):
+    weight = torch.tensor([1.0] * 6 + [0.0] * 2)
+    with_bad = gradients(objective, {**batch, "weight": weight})
+    without = gradients(objective, rows(batch, slice(0, 6)))
+    for name, gradient in with_bad.items():  # a mean over 8 slots rather than 6
+        torch.testing.assert_close(gradient, without[name] * 6 / 8, rtol=1e-3, atol=1e-6)
+    metrics = objective.loss({**batch, "weight": weight}).metrics
+    assert metrics["loss"].count == 6
+    assert sum(metrics[f"loss_t{k}"].count for k in range(4)) == 6
+    total = sum(metrics[f"loss_t{k}"].total for k in range(4))
+    torch.testing.assert_close(total, metrics["loss"].total)
+
+
+def test_micro_batches_add_up_to_the_whole(objective, batch):
+    whole = objective.loss(batch).loss
+    parts = [objective.loss(rows(batch, slice(i, i + 2))).loss for i in range(0, 8, 2)]
+    torch.testing.assert_close(torch.stack(parts).mean(), whole)
+
+
+def test_dropped_captions_become_the_empty_caption(inputs, objective):
+    batch = tiny.with_tokens(tiny.batch(400), inputs)
+    token_ids = objective.condition(batch, dropout=True)
+    empty = encode(objective.tokenizer, [""])
+    dropped = (token_ids == empty).all(1)
+    expected = random.uniform(batch["seeds"], (), "dropout") < 0.1
+    assert dropped.equal(expected) and 0 < dropped.sum() < 100
+    assert token_ids[~dropped].equal(batch["token_ids"][~dropped])
+    assert objective.condition(batch, dropout=False).equal(batch["token_ids"])
+
+
+def test_latents_are_scaled_posterior_samples_of_unit_deviation(inputs, objective):
+    batch = tiny.batch(8)
+    plain = AutoencoderKL.from_pretrained(inputs / "autoencoder")
+    with torch.no_grad():
+        posterior = plain.encode(batch["images"]).latent_dist
+    noise = random.normal(batch["seeds"], posterior.mean.shape[1:], "latent")
+    latents = objective.latents(batch)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * plain.config.scaling_factor)
+    assert abs(latents.std().item() - 1) < 1e-2  # measured on these very images
+
+
+def test_the_loss_is_the_error_of_the_prediction(objective, batch):
+    """Written out from the paper for one batch, with diffusers' scheduler in place of ours."""
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler(1000, 0.00085, 0.012, "scaled_linear")
+    latents, seeds = objective.latents(batch), batch["seeds"]
+    noise, timesteps = random.normal(seeds, latents.shape[1:], "noise"), random.integers(seeds, 1000, "timesteps")
+    with torch.no_grad():
+        features = objective.denoiser.text_encoder(objective.condition(batch, dropout=True)).last_hidden_state
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        predicted = objective.denoiser.unet(noisy, timesteps, encoder_hidden_states=features).sample
+        expected = (predicted - schedule.get_velocity(latents, noise, timesteps)).square().mean()
+        torch.testing.assert_close(objective.loss(batch).loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_validation_repeats_and_covers_the_schedule(objective, batch):
+    with torch.no_grad():
+        first, again = objective.validate(batch), objective.validate(batch)
+        halves = [objective.validate(rows(batch, slice(i, i + 4))) for i in (0, 4)]
+    assert first == again
+    assert [int(first[f"loss_t{k}"].count) for k in range(4)] == [8] * 4 and first["loss"].count == 32
+    torch.testing.assert_close(halves[0]["loss"].total + halves[1]["loss"].total, first["loss"].total)
+
+
+def test_the_preview_repeats_and_is_titled(objective, batch):
+    with torch.no_grad():
+        first, again = objective.preview(batch), objective.preview(batch)
+    assert first.images.shape == (8, 3, 16, 16) and first.images.equal(again.images)
+    assert first.images.abs().max() <= 1 and first.titles == batch["captions"]
+
+
+def test_a_frozen_text_encoder_stays_outside_the_denoiser(inputs, tmp_path):
+    (tmp_path / "autoencoder").symlink_to(inputs / "autoencoder")
+    (tmp_path / "tokenizer").symlink_to(inputs / "tokenizer")
+    build_text_encoder(TrainedTextEncoder.model_validate(tiny.TEXT)).save_pretrained(tmp_path / "text_encoder")
+    config = tiny.diffusion_config(text_encoder={"kind": "pretrained", "path": str(tmp_path / "text_encoder")})
+    objective = build_objective(config, tmp_path)
+    batch = tiny.with_tokens(tiny.batch(2), tmp_path)
+    objective.loss(batch).loss.backward()
+    assert set(objective.frozen) == {"autoencoder", "text_encoder"}
+    assert all(p.grad is None for p in objective.frozen["text_encoder"].parameters())
+    assert not any("text_encoder" in name for name, _ in objective.denoiser.named_parameters())
+    assert objective.flops_per_sample() > 0
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("noise_schedule", ["linear", "scaled_linear", "cosine"])
+def test_pixels_without_condition_train_and_preview(prediction_type, noise_schedule):
+    config = tiny.diffusion_config(
+        autoencoder=None, text_encoder={"kind": "none"}, prediction_type=prediction_type,
+        noise_schedule=noise_schedule, preview_steps=3,
+    )  # fmt: skip
+    objective, batch = build_objective(config), tiny.batch(2)
+    assert torch.isfinite(objective.loss(batch).loss)
+    with torch.no_grad():
+        preview = objective.preview(batch)
+    assert torch.isfinite(preview.images).all() and not preview.titles
+
+
+def test_counts_without_inputs_and_flops(inputs, objective):
+    counted = type(objective).abstract_networks(tiny.diffusion_config())["denoiser"]
+    assert all(p.is_meta for p in counted.parameters())
+    assert sum(p.numel() for p in counted.parameters()) == sum(p.numel() for p in objective.denoiser.parameters())
+    assert objective.flops_per_sample() > 1e5
+
+
+def test_bfloat16_weights_take_float32_batches(objective, batch):
+    objective.denoiser.to(torch.bfloat16)
+    result = objective.loss(batch).loss
+    assert result.dtype == torch.float32 and torch.isfinite(result)
+
+
+def test_weights_start_from_an_export_and_misfits_are_named(inputs, objective, tmp_path):
+    objective.export(tmp_path)
+    torch.manual_seed(9)
+    other = build_objective(tiny.diffusion_config(), inputs)
+    other.load_weights(tmp_path)
+    for (name, a), b in zip(other.denoiser.state_dict().items(), objective.denoiser.state_dict().values()):
+        assert a.equal(b), name
+    wider = {**tiny.UNET, "channels": [16, 32]}
+    with pytest.raises(ValueError, match=r"is \(.*\) there and \(.*\) here"):
+        build_objective(tiny.diffusion_config(unet=wider), inputs).load_weights(tmp_path)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        other.load_weights(tmp_path / "nothing")
+
+
+def test_missing_inputs_and_misspelt_keys_are_named(tmp_path):
+    with pytest.raises(ValueError, match="autoencoder/"):
+        build_objective(tiny.diffusion_config(), tmp_path)
+    read = TypeAdapter(ObjectiveConfig).validate_python
+    assert read({"kind": "latent_diffusion"}).image_size == 256
+    with pytest.raises(ValidationError, match="imagesize"):
+        read({"kind": "latent_diffusion", "imagesize": 32})
+    with pytest.raises(ValidationError, match="norm_groups"):
+        read({"kind": "latent_diffusion", "unet": {"channels": [20], "attention": [True]}})
+    with pytest.raises(ValidationError, match="'autoencoder', 'latent_diffusion'"):
+        read({"kind": "gan"})

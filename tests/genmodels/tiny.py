@@ -1,0 +1,54 @@
+"""Models of a few thousand parameters, and batches for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from genmodels.autoencoder.objective import AutoencoderConfig
+from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.families import build_objective
+from genmodels.objective import Batch
+from genmodels.text import tokenizer
+
+CAPTIONS = ["a red seven on a white background", "handwritten 7, ink red", "blue 3", "a green four on black paper"]
+TEXT = {"kind": "trained", "width": 16, "layers": 1, "heads": 2, "length": 12, "vocab_size": 560}
+UNET = {"channels": [16, 16], "attention": [False, True], "head_dim": 8, "layers_per_block": 1, "norm_groups": 8}
+
+
+def autoencoder_config(**changes: Any) -> AutoencoderConfig:
+    settings = {"image_size": 16, "channels": [8, 8, 8], "layers_per_block": 1, "norm_groups": 4, **changes}
+    return AutoencoderConfig.model_validate(settings)
+
+
+def diffusion_config(**changes: Any) -> LatentDiffusionConfig:
+    settings = {"image_size": 16, "autoencoder": "given", "unet": UNET, "text_encoder": TEXT, **changes}
+    return LatentDiffusionConfig.model_validate(settings)
+
+
+def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:
+    generator = torch.Generator().manual_seed(first_seed)
+    return {
+        "images": torch.rand(size, 3, image_size, image_size, generator=generator) * 2 - 1,
+        "weight": torch.ones(size),
+        "seeds": torch.arange(first_seed, first_seed + size),
+        "keys": [f"shard/{i}" for i in range(size)],
+        "captions": [CAPTIONS[i % len(CAPTIONS)] for i in range(size)],
+        "step": step,
+    }
+
+
+def with_tokens(given: Batch, inputs: Path) -> Batch:
+    return {**given, "token_ids": tokenizer.encode(tokenizer.load(inputs / "tokenizer"), given["captions"])}
+
+
+def write_inputs(folder: Path) -> Path:
+    """An autoencoder whose latents are scaled, and a tokenizer, as the trainer lays them out."""
+    torch.manual_seed(0)
+    autoencoder = build_objective(autoencoder_config())
+    autoencoder.finish([batch(8)])
+    autoencoder.export(folder / "autoencoder")
+    tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, vocab_size=560, length=12), folder / "tokenizer")
+    return folder

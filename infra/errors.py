@@ -1,0 +1,43 @@
+"""How a command ends: 0 success, 2 a bad request (one line, no traceback), 1 a failed run (first cause first)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+class BadRequest(Exception):
+    """The request cannot be carried out as written; the message is one clear line that says what to do."""
+
+
+class RunFailed(Exception):
+    """A run started and failed; the message names worker, step and shard, first cause first."""
+
+
+def write_summary(path: str | None, summary: dict[str, Any]) -> None:
+    """Write the run's ids, paths and figures as one JSON object, where `--summary FILE` was given."""
+    if path:
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(summary, indent=2, default=str) + "\n")
+
+
+def main_exit(main: Callable[[], None]) -> None:
+    """Run `main` and leave with the project's exit codes."""
+    try:
+        main()
+    except BadRequest as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunFailed as error:
+        print(f"failed: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(1)

@@ -1,0 +1,31 @@
+"""Export folders: what one holds, and the digest of its files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+
+def export_kind(folder: str | os.PathLike[str]) -> str | None:
+    """What an export folder holds: "text_to_image", "autoencoder", or None where it is no export."""
+    folder = Path(folder)
+    if (folder / "model_index.json").is_file() or (folder / "genmodels.json").is_file():
+        return "text_to_image"
+    if (folder / "config.json").is_file():
+        text = (folder / "config.json").read_text()
+        if json.loads(text).get("_class_name") == "AutoencoderKL":
+            return "autoencoder"
+    return None
+
+
+def folder_digest(folder: str | os.PathLike[str]) -> str:
+    """sha256 over the names and contents of all files of a folder, as hex digits."""
+    total = hashlib.sha256()
+    for path in sorted(Path(folder).rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            total.update(f"{path.relative_to(folder).as_posix()}\0{content}\n".encode())
+    return total.hexdigest()

@@ -1,0 +1,72 @@
+"""The text-to-image model as MLflow runs it: `mlflow.pyfunc.load_model("models:/NAME/1").predict(frame)` draws.
+
+MLflow stores this file with the model and executes it on loading (models from code), with `genmodels` beside it. It
+therefore imports nothing else of this project.
+
+In: a frame with column `prompt` and, optionally, `negative_prompt`, `seed` (0), `num_steps` and `guidance_scale`;
+for an unconditional model `seed` and, optionally, `num_steps`.
+Out: a frame with column `png`, one PNG file as bytes for each row. A picture depends on its own row only.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pandas as pd
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from PIL import Image
+
+
+def _given(frame: pd.DataFrame, column: str, default: Any) -> list[Any]:
+    """The column's values, with `default` where the column or a value is missing."""
+    if column not in frame:
+        return [default] * len(frame)
+    return [default if pd.isna(value) else value for value in frame[column]]
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class TextToImageModel(PythonModel):
+    """Draws pictures from prompts with the exported folder that the model was registered with."""
+
+    def load_context(self, context: Any) -> None:
+        """Open the export; weights are read here, once."""
+        from genmodels.diffusion.pipeline import TextToImage
+
+        self.pipeline = TextToImage.from_folder(context.artifacts["export"])
+        self.sampling = dict(context.model_config or {})
+
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
+        """Draw each row; rows that share steps and guidance are drawn together."""
+        rows = pd.DataFrame(
+            {
+                "prompt": _given(model_input, "prompt", ""),
+                "negative_prompt": _given(model_input, "negative_prompt", ""),
+                "seed": [int(seed) for seed in _given(model_input, "seed", 0)],
+                "num_steps": _given(model_input, "num_steps", self.sampling["num_steps"]),
+                "guidance_scale": _given(model_input, "guidance_scale", self.sampling["guidance_scale"]),
+            }
+        )
+        pictures = pd.Series([b""] * len(rows), dtype=object)
+        for (num_steps, guidance_scale), group in rows.groupby(["num_steps", "guidance_scale"]):
+            negative = list(group["negative_prompt"])
+            images = self.pipeline.draw(
+                list(group["prompt"]) if self.pipeline.conditional else None,
+                list(group["seed"]),
+                negative_prompts=negative if any(negative) else None,
+                num_steps=int(num_steps),
+                guidance_scale=float(guidance_scale),
+                sampler=self.sampling["sampler"],
+            )
+            for row, image in zip(group.index, images, strict=True):
+                pictures[row] = _png(image)
+        return pd.DataFrame({"png": pictures.to_numpy()})
+
+
+set_model(TextToImageModel())

@@ -1,0 +1,50 @@
+"""A rank's batch as tensors."""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from pipelines.data.spec import SampleSpec
+
+
+class RankBatch(TypedDict):
+    """One step's samples of one rank, in the order's sequence."""
+
+    images: Tensor  # uint8 (batch, 3, height, width)
+    weight: Tensor  # float32 (batch,): 1, or 0 for a quarantined or padding sample
+    seeds: Tensor  # int64 (batch,)
+    keys: list[str]  # shard/key
+    captions: list[str]
+    reasons: list[str]  # why quarantined; empty for a good sample
+    step: int
+    token_ids: NotRequired[Tensor]  # int64 (batch, token_length), where the spec has a tokenizer
+
+
+def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
+    """A table of `read.build_batch` as tensors, copied out of the object store."""
+    table = table.combine_chunks()
+    count, size = table.num_rows, spec.image_size
+
+    def fixed(name: str, dtype: type, *shape: int) -> np.ndarray:
+        column = table[name].chunk(0)
+        width = column.type.byte_width
+        raw = np.frombuffer(column.buffers()[1], np.uint8, count * width, column.offset * width)
+        return raw.view(dtype).reshape(count, *shape)
+
+    batch: RankBatch = {
+        "images": torch.from_numpy(fixed("image", np.uint8, 3, size, size).copy()),
+        "weight": torch.from_numpy(table["weight"].to_numpy().copy()),
+        "seeds": torch.from_numpy(table["seed"].to_numpy().copy()),
+        "keys": table["key"].to_pylist(),
+        "captions": table["caption"].to_pylist(),
+        "reasons": table["reason"].to_pylist(),
+        "step": table["step"][0].as_py(),
+    }
+    if spec.tokenizer_json is not None:
+        batch["token_ids"] = torch.from_numpy(fixed("token_ids", np.int32, spec.token_length).astype(np.int64))
+    return batch

@@ -1,0 +1,258 @@
+"""A dataset on disk: webdataset shards and their index.
+
+    FOLDER/00000.tar                a webdataset shard: the members of a sample follow each other and share a key
+    FOLDER/00000.tar.index.json     its sidecar (`.index-16.json` for chunks of 16 samples instead of 32):
+        {"version": 1, "bytes": 512000, "sha256": "…", "samples": 1000,
+         "chunks": [[offset, length, samples, crc32], …],   byte ranges of the tar, from the first header of the first
+                                                            sample to the last padded block of the last one
+         "flaws": {"17": "suffix 'txt' comes twice"},       samples (by number) that will be quarantined
+         "damage": ""}                                      where the tar could not be read on
+    FOLDER/index.json               the dataset:
+        {"version": 1, "digest": "…", "samples": 1000, "chunk_samples": 32,
+         "shards": [{"name", "bytes", "sha256", "samples", "chunks", "damage"}, …]}
+
+Every chunk holds `chunk_samples` samples but the last of a shard, which may hold fewer. So the order of the data
+follows from `index.json` alone, and a sidecar is fetched only to read its shard. The digest covers chunk_samples, names
+and checksums. For a glob in place of a folder the file is `index-<crc32 of the pattern>.json`. Where the folder cannot
+be written, index and sidecars are kept in a folder that the caller names (`index_root`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import BadRequest
+from infra.storage import check_access, is_remote, open_filesystem, read_bytes, write_bytes
+from pipelines.data.scan import CHUNK_SAMPLES, VERSION, ShardScan, scan_shard, sidecar_name
+
+_BUILD_HERE_BYTES = 64 << 30  # more than this is indexed by many machines
+_SIDECARS_IN_MEMORY = 512
+
+Scanner = Callable[["Location", str, Sequence[str], int], Iterable[tuple[str, ShardScan]]]
+"""Scans the named shards of a location and writes their sidecars under a root: (location, root, names, chunk_samples)
+gives (name, scan) in any order."""
+
+
+@dataclass
+class DatasetIndex:
+    """The shards of a dataset, as arrays: small enough to send to every reader at 10^5 shards."""
+
+    url: str  # folder of the shards
+    root: str  # folder of the sidecars
+    digest: str
+    chunk_samples: int
+    names: list[str]
+    shard_samples: NDArray[np.int64]  # (shards,)
+    shard_bytes: NDArray[np.int64]  # (shards,)
+
+    @property
+    def samples(self) -> int:
+        return int(self.shard_samples.sum())
+
+    def shard_url(self, shard: int) -> str:
+        return f"{self.url}/{self.names[shard]}"
+
+    def sidecar(self, shard: int) -> ShardScan:
+        """The sidecar of a shard, by number; the last few hundred used stay in memory. Raises OSError, ValueError."""
+        scan = _load_sidecar(f"{self.root}/{sidecar_name(self.names[shard], self.chunk_samples)}", self.digest)
+        if scan.samples != self.shard_samples[shard]:
+            raise ValueError(f"that of {self.names[shard]} is not of this index; run pipelines/index_shards.py again")
+        return scan
+
+
+@lru_cache(_SIDECARS_IN_MEMORY)
+def _load_sidecar(url: str, digest: str) -> ShardScan:
+    return ShardScan.from_json(read_bytes(url))  # the digest is there so that a new index does not meet an old sidecar
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a dataset URL stands for: a folder, and the pattern of its shards."""
+
+    folder: str
+    pattern: str
+
+    @staticmethod
+    def parse(url: str) -> Location:
+        """Raises BadRequest for what is neither a folder nor a glob of tars."""
+        if url.startswith("pipe:"):
+            raise BadRequest(f"data: {url}: commands are not run; give a folder or s3:// URL")
+        if "{" in url:
+            raise BadRequest(f"data: {url}: braces are not expanded; give the folder, or a glob such as FOLDER/*.tar")
+        if not is_remote(url):
+            url = open_filesystem(url)[1]
+        url = url.rstrip("/")
+        if not any(sign in url for sign in "*?["):
+            if url.endswith(".tar"):
+                folder, _, name = url.rpartition("/")
+                return Location(folder, name)
+            return Location(url, "*.tar")
+        parts = url.split("/")
+        first = next(i for i, part in enumerate(parts) if any(sign in part for sign in "*?["))
+        return Location("/".join(parts[:first]), "/".join(parts[first:]))
+
+    @property
+    def index_name(self) -> str:
+        return "index.json" if self.pattern == "*.tar" else f"index-{zlib.crc32(self.pattern.encode()):08x}.json"
+
+    def shards(self) -> dict[str, int]:
+        """Bytes of each shard by name, sorted. Raises BadRequest where there is none or no access."""
+        check_access(self.folder)
+        filesystem, path = open_filesystem(self.folder)
+        try:
+            found = filesystem.glob(f"{path}/{self.pattern}", detail=True)
+        except OSError as error:
+            raise BadRequest(f"data: cannot list {self.folder}: {error}; check the address and your access") from error
+        sizes = {name[len(path) + 1 :]: int(entry["size"]) for name, entry in found.items() if entry["type"] == "file"}
+        if not sizes:
+            raise BadRequest(f"data: no shard matches {self.folder}/{self.pattern}; prepare_shards.py makes some")
+        return dict(sorted(sizes.items()))
+
+
+def _read_index(location: Location, root: str) -> dict[str, Any] | None:
+    path = f"{root}/{location.index_name}"
+    try:
+        raw: dict[str, Any] = json.loads(read_bytes(path))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise BadRequest(f"data: {path} is not JSON; run pipelines/index_shards.py again") from error
+    if raw.get("version") != VERSION:
+        raise BadRequest(f"data: {path} has another version; run pipelines/index_shards.py again")
+    return raw
+
+
+def _to_index(location: Location, root: str, raw: dict[str, Any]) -> DatasetIndex:
+    shards = raw["shards"]
+    if not raw["samples"]:
+        raise BadRequest(f"data: the {len(shards)} shards of {location.folder} hold no samples")
+    return DatasetIndex(
+        url=location.folder,
+        root=root,
+        digest=raw["digest"],
+        chunk_samples=raw["chunk_samples"],
+        names=[shard["name"] for shard in shards],
+        shard_samples=np.array([shard["samples"] for shard in shards], np.int64),
+        shard_bytes=np.array([shard["bytes"] for shard in shards], np.int64),
+    )
+
+
+def _roots(location: Location, index_root: str | None) -> Iterator[str]:
+    yield location.folder
+    if index_root:
+        # Another dataset of the same run has its own folder there.
+        yield f"{index_root.rstrip('/')}/{hashlib.sha256(location.folder.encode()).hexdigest()[:12]}"
+
+
+def write_index(location: Location, root: str, scans: dict[str, ShardScan], chunk_samples: int) -> DatasetIndex:
+    """Write the dataset's index, over sidecars that are already there; warns of damaged shards."""
+    ordered = sorted(scans.items())
+    digest = hashlib.sha256(f"{chunk_samples}\n".encode())
+    shards = []
+    for name, scan in ordered:
+        digest.update(f"{name} {scan.sha256}\n".encode())
+        shards.append(
+            {
+                "name": name,
+                "bytes": scan.size,
+                "sha256": scan.sha256,
+                "samples": scan.samples,
+                "chunks": len(scan.chunks),
+                "damage": scan.damage,
+            }
+        )
+    raw = {
+        "version": VERSION,
+        "digest": digest.hexdigest(),
+        "samples": sum(scan.samples for scan in scans.values()),
+        "chunk_samples": chunk_samples,
+        "shards": shards,
+    }
+    _warn_of_damage({name: scan.damage for name, scan in ordered if scan.damage})
+    write_bytes(f"{root}/{location.index_name}", json.dumps(raw, separators=(",", ":")).encode())
+    return _to_index(location, root, raw)
+
+
+def _warn_of_damage(damage: dict[str, str]) -> None:
+    for name, reason in list(damage.items())[:20]:
+        print(f"warning: shard {name}: {reason}; only what is whole is used", file=sys.stderr)
+    if len(damage) > 20:
+        print(f"warning: and {len(damage) - 20} more damaged shards, listed in the index", file=sys.stderr)
+
+
+def scan_to_sidecar(location: Location, root: str, name: str, chunk_samples: int) -> ShardScan:
+    """Scan one shard and write its sidecar."""
+    scan = scan_shard(f"{location.folder}/{name}", chunk_samples)
+    write_bytes(f"{root}/{sidecar_name(name, chunk_samples)}", scan.to_json())
+    return scan
+
+
+def writable_root(location: Location, index_root: str | None) -> str:
+    """Where the index can be kept: beside the shards, else under `index_root`. Raises BadRequest where neither can."""
+    for root in _roots(location, index_root):
+        try:
+            check_access(root, write=True)
+        except BadRequest:
+            continue
+        return root
+    raise BadRequest(f"data: the index can't be written beside {location.folder}; name a folder for it (index_root)")
+
+
+def build_index(
+    url: str, scan: Scanner, index_root: str | None = None, chunk_samples: int = CHUNK_SAMPLES
+) -> DatasetIndex:
+    """Read every shard and write sidecars and index; `scan` says where the shards are read."""
+    location = Location.parse(url)
+    sizes = location.shards()
+    root = writable_root(location, index_root)
+    return write_index(location, root, dict(scan(location, root, list(sizes), chunk_samples)), chunk_samples)
+
+
+def scan_here(
+    location: Location, root: str, names: Sequence[str], chunk_samples: int, progress: bool = True
+) -> Iterator[tuple[str, ShardScan]]:
+    """Scan shards one after another in this process, with a progress bar on the screen."""
+    from rich.progress import track
+
+    for name in track(names, description="indexing shards", disable=not progress):
+        yield name, scan_to_sidecar(location, root, name, chunk_samples)
+
+
+def load_index(url: str, index_root: str | None = None, build: bool = True, progress: bool = True) -> DatasetIndex:
+    """The index of the dataset at `url`, a folder of tars or a glob of them, local or s3://; built where there is none.
+
+    Raises BadRequest where nothing matches, access fails, the shards hold no samples, the shards are no longer those
+    of the index, or the dataset is too large to be indexed by one process.
+    """
+    location = Location.parse(url)
+    sizes = location.shards()
+    for root in _roots(location, index_root):
+        raw = _read_index(location, root)
+        if raw is None:
+            continue
+        known = {shard["name"]: shard["bytes"] for shard in raw["shards"]}
+        if known != sizes:
+            changed = sorted(name for name in known.keys() | sizes.keys() if known.get(name) != sizes.get(name))
+            raise BadRequest(
+                f"data: the index of {location.folder} is out of date ({len(changed)} shards differ, first "
+                f"{changed[0]}); run pipelines/index_shards.py {url}"
+            )
+        return _to_index(location, root, raw)
+    if not build:
+        raise BadRequest(f"data: {location.folder} has no index; run pipelines/index_shards.py {url}")
+    if sum(sizes.values()) > _BUILD_HERE_BYTES:
+        raise BadRequest(
+            f"data: {location.folder} has no index and {sum(sizes.values()) >> 30} GiB of shards; index them over the "
+            f"cluster with pipelines/index_shards.py {url}"
+        )
+    return build_index(url, partial(scan_here, progress=progress), index_root)

@@ -1,0 +1,112 @@
+"""What a batch is made of: how images are cut, which caption is taken, and how it is tokenised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from infra.errors import BadRequest
+from pipelines.data.decode import IMAGE_SUFFIXES
+
+
+class BadCaption(Exception):
+    """The caption cannot be used; the message is the reason that is recorded."""
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How a sample becomes a row of a batch; sent to every read task.
+
+    Args:
+        image_size: side of the square images, pixels.
+        crop: "center", or "random": a square at a random place of the longer side.
+        horizontal_flip: mirror half of the images.
+        caption: the member that holds the caption: a suffix ("txt"), a field of a JSON member ("json:caption", which
+            may hold a list to choose from), a tuple of these (one that is there is drawn for each sample and epoch),
+            or None for images only.
+        tokenizer_json: a tokenizer in the `tokenizers` library's JSON, or None. It should add its own start and end
+            tokens: they are kept when a caption is cut.
+        token_length: tokens per caption; longer captions are cut, shorter ones padded.
+        pad_token_id: pads short captions.
+        image: the member that holds the image, by suffix; None takes the one that is an image.
+    """
+
+    image_size: int
+    crop: str = "center"
+    horizontal_flip: bool = False
+    caption: str | tuple[str, ...] | None = "txt"
+    tokenizer_json: str | None = None
+    token_length: int = 77
+    pad_token_id: int = 0
+    image: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.image_size < 1:
+            raise BadRequest(f"data: image_size is {self.image_size}; it must be at least 1 pixel")
+        if self.crop not in ("center", "random"):
+            raise BadRequest(f"data: crop is {self.crop!r}; allowed are 'center' and 'random'")
+        if self.tokenizer_json is not None and self.token_length < 1:
+            raise BadRequest("data: token_length must be at least 1")
+
+    def choose_image(self, members: Mapping[str, bytes]) -> tuple[bytes | None, str]:
+        """The image's bytes, or None and the reason why there is none."""
+        present = [self.image] if self.image else [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+        if len(present) > 1:
+            return None, f"image: several members ({', '.join(present)}); name one in the config"
+        if not present or present[0] not in members:
+            return None, "image: missing"
+        return members[present[0]], ""
+
+    def choose_caption(self, members: Mapping[str, bytes], draw: float) -> str:
+        """One of the captions that are there, by `draw` in (0, 1). Raises BadCaption where none is."""
+        places = (self.caption,) if isinstance(self.caption, str) else self.caption or ()
+        found: list[str] = []
+        reason = ""
+        for place in places:
+            try:
+                found += _captions_at(place, members)
+            except BadCaption as error:
+                reason = reason or str(error)
+        if not found:
+            raise BadCaption(reason)
+        return found[min(int(draw * len(found)), len(found) - 1)]
+
+    def tokenize(self, caption: str) -> NDArray[np.int32]:
+        """Token ids, int32 (token_length,)."""
+        assert self.tokenizer_json is not None
+        ids = _tokenizer(self.tokenizer_json, self.token_length).encode(caption).ids
+        row = np.full(self.token_length, self.pad_token_id, np.int32)
+        row[: len(ids)] = ids
+        return row
+
+
+def _captions_at(place: str, members: Mapping[str, bytes]) -> list[str]:
+    suffix, _, name = place.partition(":")
+    if suffix not in members:
+        raise BadCaption(f"caption: no {suffix} member")
+    try:
+        text = members[suffix].decode("utf-8")
+        value = json.loads(text).get(name) if name else text
+    except UnicodeDecodeError as error:
+        raise BadCaption("caption: not UTF-8") from error
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise BadCaption(f"caption: {suffix} member is no JSON object") from error
+    texts = value if isinstance(value, list) else [value]
+    captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if not captions:
+        raise BadCaption("caption: missing" if value is None else "caption: empty")
+    return captions
+
+
+@lru_cache(4)
+def _tokenizer(tokenizer_json: str, token_length: int) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(token_length)
+    return tokenizer

@@ -1,0 +1,110 @@
+"""What `evaluate.py` does once its arguments are read."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from infra.errors import BadRequest, write_summary
+from pipelines.demo.digits import KEPT_OUT
+from pipelines.demo.evaluation import Draw, evaluate_digits, kept_out_prompts
+from pipelines.demo.report import galleries, write_report
+from pipelines.generation import find_export
+from pipelines.pictures import grid_png
+
+_SHOWN = (
+    ("consistency", "consistency_real", "consistency_ratio"),
+    ("consistency_digit", "consistency_ink", "consistency_paper"),
+    ("consistency_shuffled", "consistency_chance"),
+    ("coverage", "coverage_real", "coverage_ratio"),
+    ("seconds_per_100",),
+)
+
+
+def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate as `evaluate.py` is asked to; prints and returns the figures, and writes what was asked for.
+
+    Raises BadRequest for a model, count or file that cannot be used.
+    """
+    for name in ("num_steps", "batch_size", "processes"):
+        if getattr(arguments, name) < 1:
+            raise BadRequest(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+    try:
+        kept_out_prompts(arguments.count, arguments.seed)
+    except ValueError as error:
+        raise BadRequest(f"--count: {error}") from None
+    facts, history = _read_json(arguments.facts, {}), _read_json(arguments.history, [])
+    folder = find_export(arguments.model, arguments.tracking_uri)
+    options = {key: getattr(arguments, key) for key in ("num_steps", "guidance_scale", "sampler", "batch_size")}
+    draw, size = _drawing(folder, arguments.processes, options)
+    evaluation = evaluate_digits(draw, size, arguments.count, arguments.seed)
+    _show(evaluation.figures)
+
+    summary = {"model": arguments.model, "export_folder": str(folder), **options, **evaluation.figures}
+    if arguments.grid:
+        number = min(2 * len(KEPT_OUT), arguments.count)
+        Path(arguments.grid).parent.mkdir(parents=True, exist_ok=True)
+        grid_png(evaluation.pictures[:number], evaluation.captions[:number]).save(arguments.grid)
+        summary["grid"] = str(Path(arguments.grid).resolve())
+    if arguments.report:
+        about = {"model": arguments.model, "export_folder": str(folder), "evaluation_seed": arguments.seed, **options}
+        write_report(arguments.report, evaluation.figures, galleries(evaluation), history, {**about, **facts})
+        summary["report"] = str(Path(arguments.report).resolve())
+    write_summary(arguments.summary, summary)
+    return summary
+
+
+def _drawing(folder: Path, processes: int, options: dict[str, Any]) -> tuple[Draw, int]:
+    """A function that draws, with a progress bar, and the side of its pictures in pixels."""
+    import torch
+
+    from genmodels.diffusion.pipeline import TextToImage
+    from pipelines.demo.parallel_draw import draw_in_processes
+
+    try:
+        model = TextToImage.from_folder(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        if not model.conditional:
+            raise BadRequest(f"{folder} was trained without captions, and the digits are asked for by captions")
+        # One picture ahead of the clock: a model's first call is slower than all others, and shows a bad option.
+        model.draw(["a red seven on a white background"], [0], **options)
+    except (ValueError, OSError) as error:
+        raise BadRequest(f"{folder}: {error}") from error
+
+    def draw(prompts: list[str], seeds: list[int]) -> np.ndarray:
+        columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            row = bar.add_task("drawing", total=len(prompts))
+
+            def progress(done: float, _total: int) -> None:
+                bar.update(row, completed=int(done))
+
+            if processes > 1:
+                return draw_in_processes(folder, prompts, seeds, processes, progress, **options)
+            return model.draw(prompts, seeds, progress=progress, **options)
+
+    return draw, model.image_size
+
+
+def _read_json(path: str | None, default: Any) -> Any:
+    if path is None:
+        return default
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadRequest(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise BadRequest(f"{path} is not JSON: {error}") from None
+
+
+def _show(figures: dict[str, Any]) -> None:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    for row in _SHOWN:
+        table.add_row(*(f"{name} {figures[name]:.3f}" for name in row))
+    Console().print(f"{figures['count']} pictures of kept-out combinations, none rejected:", table)

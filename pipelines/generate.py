@@ -1,0 +1,50 @@
+"""Draw pictures from prompts with a trained model: a PNG each, a labelled grid, and a JSON of what made them.
+
+python pipelines/generate.py "a red seven on a white background" "handwritten 3, ink blue, paper yellow"
+python pipelines/generate.py --model models:/ldm-demo@champion --file prompts.txt --seeds 1,2,3 --out pictures
+echo "a green four on black paper" | python pipelines/generate.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a Ray job runs from a copy that is not installed
+
+from infra.errors import main_exit
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("prompts", nargs="*", metavar="PROMPT", help="what to draw; without any, and without --file, lines of stdin")
+    add("--file", metavar="FILE", help="one prompt a line; empty lines are skipped")
+    add("--negative", metavar="PROMPT", help="what to steer away from, for all pictures (default: nothing)")
+    add("--seed", type=int, default=0, help="the i-th picture is drawn from seed + i (default: %(default)s)")
+    add("--seeds", metavar="1,2,3", help="draw each prompt once from each of these seeds, in place of --seed")
+    add("--count", type=int, help="pictures of an unconditional model, which takes no prompts (default: 16)")
+    add(
+        "--model",
+        default="models:/ldm-demo",
+        help="a run's folder or name, an export's folder, models:/NAME/VERSION or models:/NAME@ALIAS; models:/NAME is "
+        "the highest version (default: %(default)s)",
+    )
+    add("--tracking-uri", help="MLflow server for models:/… (default: MLFLOW_TRACKING_URI, else the local one)")
+    add("--num-steps", type=int, default=20, help="denoiser steps for each picture (default: %(default)s)")
+    add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
+    add("--sampler", default="ddim", choices=["ddpm", "ddim", "dpm_solver++"], help="(default: %(default)s)")
+    add("--batch-size", type=int, default=64, help="pictures drawn at once; it changes none (default: %(default)s)")
+    add("--device", help="cpu, cuda, … (default: a GPU where there is one)")
+    add("--out", metavar="FOLDER", default="out/generated", help="where the files go (default: %(default)s)")
+    add("--summary", metavar="FILE", help="write paths and settings as one JSON object")
+    arguments = parser.parse_args()
+
+    from pipelines.generation import generate  # imported late, so that --help is quick
+
+    generate(arguments)
+
+
+if __name__ == "__main__":
+    main_exit(main)

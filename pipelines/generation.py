@@ -1,0 +1,173 @@
+"""What `generate.py` does: read prompts, open the model, draw, write."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from infra.errors import BadRequest, write_summary
+from infra.exports import export_kind, folder_digest
+from infra.storage import run_root
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from genmodels.diffusion.pipeline import TextToImage
+
+_SEEDS = range(-(2**63), 2**63)
+_UNCONDITIONAL_COUNT = 16
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Draw what the arguments of `generate.py` ask for.
+
+    Raises:
+        BadRequest: there are no prompts, a setting is out of range, or the model cannot be opened.
+    """
+    for name in ("num_steps", "batch_size", "count"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise BadRequest(f"--{name.replace('_', '-')} is {value}, must be 1 or more")
+    seeds = _read_seeds(arguments.seeds)
+    folder = find_export(arguments.model, arguments.tracking_uri)
+    if export_kind(folder) != "text_to_image":
+        raise BadRequest(f"{arguments.model} is an autoencoder, which draws nothing by itself; name a diffusion model")
+    model = _open(folder, arguments.device)
+    prompts: list[str] | None = None
+    if model.conditional:
+        if arguments.count is not None:
+            raise BadRequest("--count is for unconditional models; give each prompt several --seeds instead")
+        texts = read_prompts(arguments.prompts, arguments.file)
+        pairs = picture_plan(texts, seeds, arguments.seed)
+        prompts, drawn_seeds = [text for text, _ in pairs], [seed for _, seed in pairs]
+    else:
+        if arguments.prompts or arguments.file or arguments.negative:
+            raise BadRequest(f"{arguments.model} was trained without captions: give --count or --seeds, and no prompts")
+        count = arguments.count or _UNCONDITIONAL_COUNT
+        drawn_seeds = seeds or [arguments.seed + i for i in range(count)]
+    if any(seed not in _SEEDS for seed in drawn_seeds):
+        raise BadRequest("a seed is a whole number of at most 63 bits")
+    settings = {
+        "num_steps": arguments.num_steps,
+        "guidance_scale": arguments.guidance_scale,
+        "sampler": arguments.sampler,
+    }
+    started = time.perf_counter()
+    images = _draw(model, prompts, drawn_seeds, arguments.negative, arguments.batch_size, settings)
+    seconds = time.perf_counter() - started
+
+    origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
+    out = Path(arguments.out).expanduser().absolute()
+    summary = {**origin, **settings, "negative_prompt": arguments.negative, "seconds": round(seconds, 2)}
+    summary |= _write(out, images, prompts, drawn_seeds)
+    write_summary(str(out / "generate.json"), summary)
+    write_summary(arguments.summary, summary)
+    print(f"{len(images)} pictures in {seconds:.1f} s: {summary['grid']}")
+
+
+def read_prompts(arguments: list[str], file: str | None) -> list[str]:
+    """Prompts of the command line, then of `file`; where neither is given, of stdin unless it is a terminal.
+
+    Raises BadRequest where there is none, or the file cannot be read.
+    """
+    lines: list[str] = []
+    if file is not None:
+        try:
+            lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadRequest(f"--file {file}: cannot be read as UTF-8 text ({error})") from error
+    elif not arguments and not sys.stdin.isatty():
+        lines = sys.stdin.read().splitlines()
+    prompts = [text.strip() for text in [*arguments, *lines] if text.strip()]
+    if not prompts:
+        raise BadRequest('no prompts: give some ("a red seven"), or --file FILE, or lines on stdin')
+    return prompts
+
+
+def _read_seeds(text: str | None) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")] if text else []
+    except ValueError as error:
+        raise BadRequest(f"--seeds {text}: write whole numbers with commas between, such as 1,2,3") from error
+
+
+def picture_plan(prompts: list[str], seeds: list[int], base_seed: int) -> list[tuple[str, int]]:
+    """A (prompt, seed) for each picture: every prompt with each of `seeds`, or the i-th with `base_seed` + i.
+
+    >>> picture_plan(["a", "b"], [], 5)
+    [('a', 5), ('b', 6)]
+    >>> picture_plan(["a", "b"], [1, 2], 0)
+    [('a', 1), ('a', 2), ('b', 1), ('b', 2)]
+    """
+    if seeds:
+        return [(prompt, seed) for prompt in prompts for seed in seeds]
+    return [(prompt, base_seed + i) for i, prompt in enumerate(prompts)]
+
+
+def find_export(model: str, tracking_uri: str | None = None) -> Path:
+    """The local export of a `models:/…` name, an export's own folder, or a training run (its folder or its name).
+
+    Raises BadRequest where there is none.
+    """
+    from pipelines.training.export import resolve_reference
+
+    return resolve_reference(model, str(run_root()), tracking_uri)
+
+
+def _open(folder: Path, device: str | None) -> TextToImage:
+    import torch
+
+    from genmodels.diffusion.pipeline import TextToImage
+
+    try:
+        return TextToImage.from_folder(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except (ValueError, OSError) as error:
+        raise BadRequest(f"{folder}: {error}") from error
+
+
+def _draw(
+    model: TextToImage,
+    prompts: list[str] | None,
+    seeds: list[int],
+    negative: str | None,
+    batch_size: int,
+    settings: dict[str, Any],
+) -> np.ndarray:
+    columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task("drawing", total=len(seeds))
+        try:
+            return model.draw(
+                prompts,
+                seeds,
+                negative_prompts=[negative] * len(seeds) if negative else None,
+                batch_size=batch_size,
+                progress=lambda done, total: bar.update(row, completed=int(done), total=total),
+                **settings,
+            )
+        except ValueError as error:  # a sampler that cannot take that many steps, say
+            raise BadRequest(str(error)) from error
+
+
+def _write(out: Path, images: np.ndarray, prompts: list[str] | None, seeds: list[int]) -> dict[str, Any]:
+    """Write the pictures and their grid into `out`; returns the summary's `out`, `grid` and `pictures`."""
+    from PIL import Image
+
+    from pipelines.pictures import grid_png
+
+    out.mkdir(parents=True, exist_ok=True)
+    pictures: list[dict[str, Any]] = []
+    for number, (image, seed) in enumerate(zip(images, seeds, strict=True)):
+        path = out / f"{number:04d}-seed-{seed}.png"
+        Image.fromarray(image).save(path)
+        pictures.append({"file": path.name, "prompt": prompts[number] if prompts else None, "seed": seed})
+    titles = [f"{picture['prompt'] or ''} (seed {picture['seed']})".strip() for picture in pictures]
+    grid = out / "grid.png"
+    grid_png(images, titles).save(grid)
+    return {"out": str(out), "grid": str(grid), "pictures": pictures}

@@ -1,0 +1,85 @@
+"""Where Ray comes from, and whether it has room for the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import Any
+
+from infra import storage
+from infra.errors import BadRequest
+from pipelines.training.config import TrainConfig
+
+
+def connect(config: TrainConfig) -> None:
+    """Join the cluster that RAY_ADDRESS names (inside a Ray job it is set), else start Ray on this machine.
+
+    Raises:
+        BadRequest: the workers cannot be placed beside a data task, which would hang without a word.
+    """
+    import ray
+
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(config),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    check_room(config, _resources())
+
+
+def local_cpus(config: TrainConfig) -> int:
+    """Logical CPUs for a Ray of our own: the configured number, else enough for the run, at least the machine's."""
+    if config.workers.local_cpus is not None:
+        return config.workers.local_cpus
+    workers = config.workers
+    return max(os.cpu_count() or 1, round(workers.count * (workers.cpus + max(config.data.read_cpus, 1))))
+
+
+def check_local_room(config: TrainConfig) -> None:
+    """`check_room` for a Ray of our own, whose size is known before it starts."""
+    if not os.environ.get("RAY_ADDRESS"):
+        check_room(config, {"CPU": float(local_cpus(config)), "GPU": float("inf")})
+
+
+def _resources() -> dict[str, float]:
+    """What the cluster has, or may grow to where it scales by itself."""
+    import ray
+    from ray._private.state import state
+
+    present: dict[str, Any] = dict(ray.cluster_resources())
+    limit = state.get_max_resources_from_cluster_config() or {}
+    return {key: max(float(present.get(key, 0)), float(limit.get(key, 0))) for key in ("CPU", "GPU")}
+
+
+def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
+    """Raises BadRequest where the workers do not fit beside one data task."""
+    workers = config.workers
+    needed = workers.count * workers.cpus + min(1.0, config.data.read_cpus)
+    if needed > resources["CPU"]:
+        raise BadRequest(
+            f"workers.count={workers.count} with workers.cpus={workers.cpus:g} and one data task need {needed:g} CPUs, "
+            f"Ray has {resources['CPU']:g}: use fewer workers, a larger cluster, or a larger workers.local_cpus"
+        )
+    if workers.use_gpu and workers.count > resources["GPU"]:
+        raise BadRequest(
+            f"workers.count={workers.count} with workers.use_gpu needs as many GPUs, Ray has {resources['GPU']:g}; "
+            f"use fewer workers, or workers.use_gpu=false"
+        )
+
+
+def check_shared(url: str, what: str) -> None:
+    """Raises BadRequest where a local path would have to be seen by several machines."""
+    import ray
+
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    if nodes > 1 and not storage.is_remote(url):
+        raise BadRequest(f"{what} is {url}, which {nodes} nodes do not share: use an s3:// URL")

@@ -1,0 +1,71 @@
+"""The command line that all training pipelines share: PRESET.yaml dotted.key=value …"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+
+from infra.errors import BadRequest, write_summary
+from pipelines.training.config import TrainConfig, describe_keys, load_config
+from pipelines.training.dry_run import describe
+
+
+def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig, argparse.Namespace]:
+    """Read the command line of a pipeline that trains objectives of one kind.
+
+    Raises:
+        BadRequest: the configuration is wrong, or of another kind.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="keys, with defaults:\n" + "\n".join(describe_keys()),
+    )
+    parser.add_argument(
+        "preset", nargs="?", default=default_preset, help=f"YAML file, or a preset's name [{default_preset}]"
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="dotted.key=value", help="replaces a value of the preset; values are YAML"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its memory, and stop")
+    parser.add_argument("--summary", metavar="FILE", help="write ids, paths and figures of the run as one JSON object")
+    arguments = parser.parse_args()
+    if "=" in arguments.preset:  # overrides alone change the default preset
+        arguments.overrides.insert(0, arguments.preset)
+        arguments.preset = default_preset
+    config = load_config(arguments.preset, arguments.overrides)
+    if config.objective.kind != kind:
+        raise BadRequest(f"{arguments.preset} trains objective.kind={config.objective.kind}, this pipeline {kind}")
+    return config, arguments
+
+
+def run(description: str, default_preset: str, kind: str) -> None:
+    """Parse, then dry-run or train, and say where everything is."""
+    config, arguments = parse(description, default_preset, kind)
+    if arguments.dry_run:
+        facts = describe(config)
+        write_summary(arguments.summary, facts)
+        return
+    from pipelines.training.launch import train
+
+    summary = train(config)
+    write_summary(arguments.summary, summary)
+    console = Console(soft_wrap=True)
+    console.print(
+        f"[bold]{summary['run']}[/]: {summary['outcome']}, {summary['steps']} steps, {summary['epochs']:.2f} epochs",
+        highlight=False,
+    )
+    console.print(
+        f"  figures   {json.dumps({key: round(value, 5) for key, value in summary['figures'].items()})}",
+        highlight=False,
+        markup=False,
+    )
+    console.print(f"  run       {summary['run_folder']}", highlight=False, markup=False)
+    console.print(f"  export    {summary['export']}", highlight=False, markup=False)
+    console.print(
+        f"  mlflow    {summary['tracking_uri']}  run {summary['mlflow_run_id']}", highlight=False, markup=False
+    )
+    if summary["model_uri"]:
+        console.print(f"  model     {summary['model_uri']}", highlight=False, markup=False)

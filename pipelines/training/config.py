@@ -1,0 +1,366 @@
+"""One training run as one validated object: a YAML preset, with `dotted.key=value` overrides merged in before.
+
+Every field has a description: `--help` prints them. A mistake anywhere is reported together with all others, before
+any worker starts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+
+from genmodels.config import Section
+from genmodels.families import ObjectiveConfig
+from infra.errors import BadRequest
+from infra.storage import is_remote, run_root
+
+PRESETS = Path(__file__).resolve().parents[1] / "configs"
+
+
+def absolute_url(url: str) -> str:
+    """A local path made absolute; any other URL as it is."""
+    return url if is_remote(url) else str(Path(url.removeprefix("file://")).expanduser().absolute())
+
+
+class RunConfig(Section):
+    """What the run is called, how long it is, and how often it does what."""
+
+    name: str = Field(description="names the run's folder; the same name resumes, a new one starts anew")
+    root: str | None = Field(None, description="folder or s3:// URL that holds runs [RUN_ROOT, else ~/genmodels-runs]")
+    seed: int = Field(0, description="all randomness follows from it and from the position in the data")
+    steps: int = Field(gt=0, description="training steps; one step consumes one global batch")
+    log_every: int = Field(10, gt=0, description="steps between logged metrics")
+    checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
+    validate_every: int = Field(200, gt=0, description="steps between validations on held-out shards")
+    validation_samples: int = Field(256, ge=0, description="held-out samples in a validation")
+    preview_every: int = Field(0, ge=0, description="steps between sample grids; 0: at the end only")
+    preview_samples: int = Field(16, ge=0, description="pictures in a sample grid")
+    finish_samples: int = Field(
+        1024, gt=0, description="training samples for what is measured at the end (latent scale)"
+    )
+    max_skipped_steps: int = Field(20, gt=0, description="non-finite steps in a row after which the run stops")
+    audit: bool = Field(False, description="record key, seed and pixel hash of every sample that the objective sees")
+    init_from: str | None = Field(
+        None, description="start from these weights: an export folder, a run's folder, or models:/NAME@ALIAS"
+    )
+
+
+class DataConfig(Section):
+    """Where the shards are and in which order they are read."""
+
+    url: str = Field(description="folder, glob or s3:// URL of webdataset shards")
+    demo: Literal["digits"] | None = Field(
+        None, description="draw these shards first (train/ and held_out/ beside each other) where url has none"
+    )
+    demo_repeats: int = Field(8, gt=0, description="drawings of each digit for data.demo")
+    validation_url: str | None = Field(None, description="held-out shards; none: no validation")
+    global_batch_size: int = Field(64, gt=0, description="samples a step, over all workers; lanes divide it")
+    micro_batch: int | None = Field(
+        None, gt=0, description="samples a worker computes at once [all of its share of a step]"
+    )
+    lanes: int = Field(
+        8,
+        gt=0,
+        description="independent streams of the data order; any worker count that divides it sees the same batches",
+    )
+    slots_per_lane: int = Field(64, gt=0, description="neighbouring slots a lane reads and shuffles together")
+    crop: Literal["center", "random"] = Field("center", description="after resizing the shorter side")
+    horizontal_flip: bool = Field(False, description="mirror half of the images")
+    caption: str | None = Field("txt", description="shard member with the caption: txt, or json:KEY; null: images only")
+    max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
+    read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
+    prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead")
+
+
+class OptimizerConfig(Section):
+    """AdamW, and a learning rate that depends on the step alone."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="after warm-up")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="from the end of warm-up to the last step"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps of linear rise from 0")
+    final_lr_ratio: float = Field(
+        0.0, ge=0, le=1, description="last learning rate over the first, for cosine and linear"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+
+
+class EngineConfig(Section):
+    """How one network is trained: by DeepSpeed at a ZeRO stage, or by plain torch."""
+
+    kind: Literal["deepspeed", "torch"] = Field("deepspeed", description="torch: no sharding, for comparison")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        1, description="shards: 1 optimizer state, 2 and gradients, 3 and parameters"
+    )
+    bucket_elements: int = Field(5_000_000, gt=0, description="elements in one communication bucket")
+    persistence_threshold: int = Field(100_000, ge=0, description="stage 3 keeps parameters below this size whole")
+
+
+class WorkersConfig(Section):
+    """How many training workers, and what each takes from the cluster."""
+
+    count: int = Field(1, gt=0, description="training workers (ranks)")
+    use_gpu: bool = Field(False, description="one GPU for each worker")
+    cpus: float = Field(1, gt=0, description="logical CPUs for each worker")
+    threads: int | None = Field(
+        None, gt=0, description="torch threads in each worker [physical cores over workers on the node]"
+    )
+    max_failures: int = Field(3, ge=-1, description="restarts after a worker or node died; -1: without limit")
+    local_cpus: int | None = Field(
+        None,
+        gt=0,
+        description="logical CPUs of a Ray that the job starts itself [what the run needs, at least the machine's]",
+    )
+
+
+class PrecisionConfig(Section):
+    """Number formats and what trades memory for time."""
+
+    compute: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: matrix products under autocast; weights, EMA and optimizer stay fp32"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
+    compile: bool = Field(False, description="torch.compile the networks")
+    channels_last: bool = Field(False, description="lay images out channels-last")
+
+
+class EmaConfig(Section):
+    """Exponential moving average of the weights, fp32: what validation, grids and the export use."""
+
+    decay: float = Field(0.999, ge=0, lt=1, description="share of the old average kept at each step; 0: no averaging")
+    warmup: bool = Field(True, description="decay at step n is at most (1+n)/(10+n)")
+
+
+class TrackingConfig(Section):
+    """MLflow: where runs are recorded and under which name the result is registered."""
+
+    uri: str | None = Field(
+        None, description="MLflow tracking server [MLFLOW_TRACKING_URI, else SQLite under the run root]"
+    )
+    experiment: str = Field("genmodels")
+    register_as: str | None = Field(None, description="registered model name; null: not registered")
+    system_metrics: bool = Field(True, description="CPU, memory and GPU use on the run")
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    run: RunConfig
+    data: DataConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizers: dict[str, OptimizerConfig] = Field({}, description="by network, where one differs")
+    engine: EngineConfig = EngineConfig()
+    engines: dict[str, EngineConfig] = Field({}, description="by network, where one differs")
+    workers: WorkersConfig = WorkersConfig()
+    precision: PrecisionConfig = PrecisionConfig()
+    ema: EmaConfig = EmaConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _batches_divide(self) -> TrainConfig:
+        data, world = self.data, self.workers.count
+        if data.lanes % world:
+            allowed = [n for n in range(1, data.lanes + 1) if data.lanes % n == 0]
+            raise ValueError(
+                f"workers.count={world} does not divide data.lanes={data.lanes}: use one of {allowed}, or other lanes"
+            )
+        if data.global_batch_size % data.lanes:
+            raise ValueError(
+                f"data.global_batch_size={data.global_batch_size} is not a multiple of data.lanes={data.lanes}"
+            )
+        share = data.global_batch_size // world
+        if data.micro_batch and share % data.micro_batch:
+            raise ValueError(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
+        return self
+
+    @field_validator("data")
+    @classmethod
+    def _paths_are_absolute(cls, data: DataConfig) -> DataConfig:
+        # A Ray job runs in a copy of the sources: what is relative would be lost with it.
+        urls = {"url": data.url, "validation_url": data.validation_url}
+        return data.model_copy(update={key: absolute_url(url) for key, url in urls.items() if url is not None})
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches in a step of one worker."""
+        return self.data.global_batch_size // self.workers.count // self.rank_micro_batch
+
+    @property
+    def rank_micro_batch(self) -> int:
+        return self.data.micro_batch or self.data.global_batch_size // self.workers.count
+
+    def engine_of(self, network: str) -> EngineConfig:
+        return self.engines.get(network, self.engine)
+
+    def optimizer_of(self, network: str) -> OptimizerConfig:
+        return self.optimizers.get(network, self.optimizer)
+
+
+# What a run may change and still be the same run, resumed.
+MAY_CHANGE = (
+    "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
+    "run.validation_samples", "run.audit",
+    "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
+    "data.prefetch_batches", "data.max_bad_share", "engine", "engines", "workers", "tracking",
+    "precision.compile", "precision.activation_checkpointing", "precision.channels_last",
+)  # fmt: skip
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} → {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Differences between two resolved configurations that make it another run, one line each."""
+    before, after = flatten(old), flatten(new)
+    found = []
+    for key in sorted(before.keys() | after.keys()):
+        if any(key == allowed or key.startswith(f"{allowed}.") for allowed in MAY_CHANGE):
+            continue
+        if before.get(key) != after.get(key):
+            found.append(f"{key}: {json.dumps(before.get(key))} → {json.dumps(after.get(key))}")
+    return found
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """A YAML file by path, or by its name among the presets."""
+    path = Path(name)
+    if not path.exists():
+        path = PRESETS / (name if name.endswith(".yaml") else f"{name}.yaml")
+    if not path.exists():
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise BadRequest(f"there is no preset {name!r}: give a YAML file, or one of {known}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise BadRequest(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadRequest(f"{path} must hold a mapping of sections (run, data, objective, …)")
+    return tree
+
+
+def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Merge `dotted.key=value` into a tree; values are YAML."""
+    tree = json.loads(json.dumps(tree))
+    for assignment in assignments:
+        key, separator, text = assignment.partition("=")
+        if not separator or not key:
+            raise BadRequest(f"{assignment!r} is not an override: write dotted.key=value, for example run.steps=1000")
+        try:
+            value = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            value = text
+        *parents, leaf = key.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise BadRequest(f"{assignment!r}: {parent!r} is a value, not a section")
+        node[leaf] = value
+    return tree
+
+
+def _absolute(tree: Any) -> Any:
+    """${RUN_ROOT} in any text becomes the run root of the driver."""
+    if isinstance(tree, dict):
+        return {key: _absolute(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_absolute(value) for value in tree]
+    return tree.replace("${RUN_ROOT}", str(run_root())) if isinstance(tree, str) else tree
+
+
+def load_config(preset: str, assignments: list[str]) -> TrainConfig:
+    """Read a preset, merge the overrides, validate once.
+
+    Raises:
+        BadRequest: every mistake at once, each naming the key and what is allowed.
+    """
+    try:
+        return TrainConfig.model_validate(_absolute(override(read_preset(preset), assignments)))
+    except ValidationError as error:
+        raise BadRequest("; ".join(explain(error))) from None
+
+
+def explain(error: ValidationError) -> list[str]:
+    """One clause for each mistake in a configuration."""
+    clauses = []
+    for detail in error.errors():
+        where = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "extra_forbidden":
+            *parents, leaf = detail["loc"]
+            allowed = sorted(_keys_at(parents))
+            close = difflib.get_close_matches(str(leaf), allowed, n=1)
+            hint = f"did you mean {close[0]}?" if close else "allowed: " + ", ".join(allowed)
+            clauses.append(f"unknown key {where} ({hint})")
+        elif detail["type"] == "missing":
+            clauses.append(f"{where} is missing")
+        elif detail["type"] == "value_error":
+            clauses.append(str(detail["ctx"]["error"]))
+        else:
+            clauses.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
+    return clauses
+
+
+def _keys_at(parents: typing.Sequence[Any]) -> set[str]:
+    """Field names that a section allows; a union allows those of the member that the path names by its kind."""
+    models: list[Any] = [TrainConfig]
+    for part in parents:
+        found = []
+        for model in models:
+            if part in model.model_fields:
+                found += _models_in(model.model_fields[part].annotation)
+        named = [
+            m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)
+        ]
+        models = found or named or models
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
+        return [annotation]
+    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
+
+
+def describe_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """One line for each key, with its default and meaning: the body of `--help`."""
+    lines = []
+    for name, entry in model.model_fields.items():
+        inner = [] if name in ("optimizers", "engines") else _models_in(entry.annotation)
+        if inner:
+            for section in inner:
+                kinds = (
+                    typing.get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
+                )
+                if len(inner) > 1:
+                    lines.append(f"  {prefix}{name}.kind={kinds[0]}:")
+                lines += describe_keys(section, f"{prefix}{name}.")
+            continue
+        default = "required" if entry.is_required() else f"default {json.dumps(entry.default, default=str)}"
+        lines.append(f"  {prefix}{name}  ({default}) {entry.description or ''}".rstrip())
+    return lines

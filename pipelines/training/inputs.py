@@ -1,0 +1,112 @@
+"""What a run needs from elsewhere, copied into its folder once, so that workers anywhere and later restarts find it."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from genmodels.text.encoder import PretrainedTextEncoder, TrainedTextEncoder, fetch_pretrained
+from genmodels.text.tokenizer import load as load_tokenizer
+from genmodels.text.tokenizer import save as save_tokenizer
+from genmodels.text.tokenizer import tokenizer_json, train_tokenizer
+from infra import storage
+from infra.errors import BadRequest
+from pipelines.data.captions import read_captions
+from pipelines.data.index import DatasetIndex
+from pipelines.data.spec import SampleSpec
+from pipelines.training.config import TrainConfig, load_config
+from pipelines.training.export import resolve_reference
+from pipelines.training.run_folder import RunFolder, root_of
+
+_TOKENIZER_CAPTIONS = 50_000  # enough for the merges of a vocabulary of tens of thousands
+
+
+def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) -> None:
+    """Collect autoencoder, tokenizer, text encoder, perceptual weights and initial weights in the run's folder.
+
+    Raises:
+        BadRequest: a reference does not lead to a model or file; the message names the key.
+    """
+    if storage.exists(folder.path("inputs", "complete")):
+        return
+    objective: Any = config.objective
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary)
+        autoencoder = getattr(objective, "autoencoder", None)
+        if autoencoder is not None:
+            source = _resolve("objective.autoencoder", autoencoder, config)
+            nested = source / "vae"  # a Stable Diffusion export holds one too
+            shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
+        perceptual = getattr(objective, "perceptual", None)
+        if perceptual is not None:
+            if not Path(perceptual).is_file():
+                raise BadRequest(f"objective.perceptual: there is no file {perceptual}")
+            shutil.copy(perceptual, local / "perceptual.safetensors")
+        if config.run.init_from is not None:
+            shutil.copytree(_resolve("run.init_from", config.run.init_from, config), local / "init")
+        text = getattr(objective, "text_encoder", None)
+        if isinstance(text, PretrainedTextEncoder):
+            try:
+                fetch_pretrained(text.path, local)
+            except (OSError, ValueError) as error:
+                raise BadRequest(
+                    f"objective.text_encoder.path={text.path}: {' '.join(str(error).split())[:300]}"
+                ) from None
+        elif isinstance(text, TrainedTextEncoder):
+            started_from = local / "init" / "tokenizer"
+            if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
+                shutil.copytree(started_from, local / "tokenizer")
+            else:
+                spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
+                captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
+                save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
+        (local / "complete").write_text("")
+        storage.upload_folder(local, folder.inputs)
+
+
+def _resolve(key: str, reference: str, config: TrainConfig) -> Path:
+    """A model by any of its names; "preset:NAME" trains that preset first, where its run is not finished yet."""
+    if reference.startswith("preset:"):
+        from pipelines.training.launch import train
+
+        assignments = [f"run.root={config.run.root}"] if config.run.root else []
+        reference = train(load_config(reference.removeprefix("preset:"), assignments))["export"]
+    try:
+        return resolve_reference(reference, root_of(config), config.tracking.uri)
+    except BadRequest as error:
+        raise BadRequest(f"{key}: {error}") from None
+
+
+def local_inputs(folder: RunFolder) -> Path:
+    """The inputs as a local folder; from object storage they are fetched once on each node."""
+    if not storage.is_remote(folder.url):
+        return Path(storage.open_filesystem(folder.inputs)[1])
+    target = Path(tempfile.gettempdir()) / "genmodels-inputs" / folder.url.replace("/", "_")
+    target.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not (target / "complete").exists():
+            storage.download_folder(folder.inputs, target)
+    return target
+
+
+def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
+    """How samples become batches in this run."""
+    data = config.data
+    tokenizer = inputs / "tokenizer"
+    if not tokenizer.is_dir():
+        caption = data.caption if getattr(config.objective, "conditional", False) else None
+        return SampleSpec(config.objective.image_size, data.crop, data.horizontal_flip, caption)
+    loaded = load_tokenizer(tokenizer)
+    return SampleSpec(
+        config.objective.image_size,
+        data.crop,
+        data.horizontal_flip,
+        data.caption,
+        tokenizer_json=tokenizer_json(tokenizer),
+        token_length=loaded.model_max_length,
+        pad_token_id=loaded.pad_token_id,
+    )

@@ -1,0 +1,218 @@
+"""The driver of a training run: check everything, start or resume, train, export, register.
+
+Running the same command again resumes; when the run is finished it says so. A step that was done (training, export,
+registration) is not done again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra import storage, tracking
+from infra.errors import RunFailed
+from pipelines.data.index import DatasetIndex, load_index
+from pipelines.data.order import DataOrder
+from pipelines.data.prepare import write_digits
+from pipelines.training import checkpoint as checkpoints
+from pipelines.training import cluster
+from pipelines.training.config import TrainConfig, flatten
+from pipelines.training.export import export_run
+from pipelines.training.inputs import prepare_inputs
+from pipelines.training.run_folder import RunFolder, root_of
+
+_SHARD_SAMPLES = 1000
+
+
+def train(config: TrainConfig) -> dict[str, Any]:
+    """Carry out (or resume, or report as finished) a training run; returns its summary.
+
+    Raises:
+        BadRequest: the request cannot be carried out; nothing was started.
+        RunFailed: training failed; the message gives the first cause.
+    """
+    started = time.time()
+    folder = RunFolder.of(config)
+    cluster.check_local_room(config)
+    storage.check_access(root_of(config), write=True)
+    index, order = prepare_data(config, folder)
+    uri = tracking.check_tracking(config.tracking.uri)
+    folder.begin(config)
+
+    result = folder.read("result.json")
+    if result is not None and result["steps"] >= config.run.steps:
+        print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
+        return {**result, "outcome": "already finished"}
+    prepare_inputs(config, folder, index)
+    run_id = _open_tracking(config, folder, uri, index)
+    try:
+        newest = next(iter(checkpoints.list_checkpoints(folder.checkpoints)), None)
+        resumed_from = newest.step if newest is not None else 0
+        if newest is None or newest.step < config.run.steps:
+            if newest is not None:
+                print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
+            _fit(config, folder, uri, run_id)
+        summary = _publish(config, folder, uri, run_id, index, order)
+    except BaseException:
+        tracking.finish_run(uri, run_id, "FAILED")
+        raise
+    tracking.finish_run(uri, run_id, "FINISHED")
+    folder.write("result.json", summary)
+    return {**summary, "outcome": "trained", "resumed_from": resumed_from, "seconds": time.time() - started}
+
+
+def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, DataOrder]:
+    """Indexes of the shards (built where there are none), and the order; everything about the data is checked here."""
+    if config.data.demo is not None and not storage.exists(storage.join(config.data.url, "index.json")):
+        print(f"drawing the demo's {config.data.demo} to {config.data.url}", flush=True)
+        write_digits(
+            config.data.url.rpartition("/")[0],
+            config.objective.image_size,
+            config.data.demo_repeats,
+            _SHARD_SAMPLES,
+            overwrite=False,
+        )
+    index = load_index(config.data.url, folder.path("index"))
+    if config.data.validation_url is not None:
+        load_index(config.data.validation_url, folder.path("index"))
+    data = config.data
+    order = DataOrder(index, config.run.seed, data.lanes, data.global_batch_size, data.slots_per_lane)
+    order.check_world_size(config.workers.count)
+    return index, order
+
+
+def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex) -> str:
+    """One MLflow run for one training, however often it restarts."""
+    known = folder.read("run.json") or {}
+    tags = {
+        "index_digest": index.digest,
+        "git_commit": git_commit(),
+        "run_folder": folder.url,
+        "pipeline": config.objective.kind,
+    }
+    params = flatten(json.loads(config.model_dump_json()))
+    run_id = tracking.start_run(
+        uri, config.tracking.experiment, config.run.name, known.get("mlflow_run_id"), params, tags
+    )
+    folder.write("run.json", {"mlflow_run_id": run_id, "tracking_uri": uri})
+    return run_id
+
+
+def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
+    cluster.connect(config)
+    import ray
+    from ray.train import FailureConfig, ScalingConfig
+    from ray.train import RunConfig as RayRunConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    from pipelines.training.board import Board, ProgressDisplay, describe_failure, first_cause
+    from pipelines.training.worker import train_worker
+
+    cluster.check_shared(folder.url, "the run's folder")
+    cluster.check_shared(config.data.url, "data.url")
+    tracking.check_tracking(uri, sum(1 for node in ray.nodes() if node["Alive"]))
+    board = Board.remote()  # type: ignore[attr-defined]
+    filesystem, path = (
+        storage.ray_filesystem(folder.path("ray")) if storage.is_remote(folder.url) else (None, folder.path("ray"))
+    )
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config.model_dump_json(),
+            "folder": folder.url,
+            "tracking_uri": uri,
+            "mlflow_run_id": run_id,
+            "board": board,
+        },
+        torch_config=TorchConfig(backend="nccl" if config.workers.use_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers.count,
+            use_gpu=config.workers.use_gpu,
+            resources_per_worker={"CPU": config.workers.cpus} | ({"GPU": 1} if config.workers.use_gpu else {}),
+        ),
+        run_config=RayRunConfig(
+            name=f"{config.run.name}-{time.time_ns()}",  # a launch of its own: what is resumed is our checkpoint
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.workers.max_failures),
+        ),
+    )
+    display = ProgressDisplay(board, config.run.name, config.run.steps)
+    error: Exception | None = None
+    try:
+        trainer.fit()
+    except Exception as raised:
+        error = raised
+    finally:
+        display.close()
+    _, failures = ray.get(board.read.remote())
+    cause = first_cause(failures)
+    if error is None and (cause is None or not cause["fatal"]):
+        return
+    if cause is not None:
+        raise RunFailed(describe_failure(cause)) from error
+    raise RunFailed(f"training ended without a worker's report: {error}") from error
+
+
+def _publish(
+    config: TrainConfig, folder: RunFolder, uri: str, run_id: str, index: DatasetIndex, order: DataOrder
+) -> dict[str, Any]:
+    """Export and register what was trained; returns the summary of the run."""
+    export_url, facts = export_run(folder)
+    newest = checkpoints.list_checkpoints(folder.checkpoints)[0]
+    figures = newest.manifest.get("figures", {})
+    summary: dict[str, Any] = {
+        "run": config.run.name,
+        "run_folder": folder.url,
+        "steps": newest.step,
+        "epochs": order.slots_consumed(newest.step) / order.samples,
+        "samples": index.samples,
+        "index_digest": index.digest,
+        "export": export_url,
+        "mlflow_run_id": run_id,
+        "tracking_uri": uri,
+        "model_uri": None,
+        "figures": figures,
+    }
+    if config.tracking.register_as is not None:
+        from infra.registry import register_export, resolve_model
+
+        lineage = {
+            "index_digest": index.digest,
+            "data_url": config.data.url,
+            "git_commit": git_commit(),
+            "seed": config.run.seed,
+            "steps": newest.step,
+            "init_from": config.run.init_from,
+            "run_folder": folder.url,
+        }
+        described = {
+            **facts,
+            "figures": figures,
+            "data": {"url": config.data.url, "samples": index.samples, "index digest": index.digest},
+        }
+        summary["model_uri"] = register_export(
+            uri,
+            run_id,
+            resolve_model(export_url),
+            config.tracking.register_as,
+            described,
+            yaml.safe_dump(json.loads(config.model_dump_json())),
+            lineage,
+        )
+    return summary
+
+
+def git_commit() -> str:
+    """The commit of the checkout, from git or the environment (GIT_COMMIT); "unknown" in a bare copy of the sources."""
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
+    here = Path(__file__).resolve().parent
+    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    return asked.stdout.strip() if asked.returncode == 0 else "unknown"

@@ -1,0 +1,83 @@
+"""The folder of one run: what is where, and what makes a configuration the same run.
+
+RUN_ROOT/NAME/config.json     the resolved configuration that the run began with
+              run.json        MLflow run id, tracking URI
+              inputs/         what the objective needs from elsewhere: autoencoder/, tokenizer/, …
+              index/          indexes of read-only datasets
+              checkpoints/    see checkpoint.py
+              quarantine/     bad samples, as JSON lines
+              audit/          every sample seen, where run.audit is on
+              export/STEP/    what others open
+              result.json     written when the run is finished and registered
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from infra import storage
+from infra.errors import BadRequest
+from pipelines.training.config import TrainConfig, changes
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder by its URL (a local path or s3://)."""
+
+    url: str
+
+    @staticmethod
+    def of(config: TrainConfig) -> RunFolder:
+        return RunFolder(storage.join(root_of(config), config.run.name))
+
+    def path(self, *parts: str) -> str:
+        return storage.join(self.url, *parts)
+
+    @property
+    def checkpoints(self) -> str:
+        return self.path("checkpoints")
+
+    @property
+    def inputs(self) -> str:
+        return self.path("inputs")
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None where it is not there."""
+        try:
+            return dict(json.loads(storage.read_bytes(self.path(name))))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: dict[str, Any]) -> None:
+        storage.write_bytes(self.path(name), (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+    def config(self) -> TrainConfig:
+        """The configuration of the run. Raises BadRequest where there is no run."""
+        content = self.read("config.json")
+        if content is None:
+            raise BadRequest(f"{self.url} holds no run (no config.json there)")
+        return TrainConfig.model_validate(content)
+
+    def begin(self, config: TrainConfig) -> None:
+        """Write the configuration, or check that it is still the same run.
+
+        Raises:
+            BadRequest: the run began with another configuration; the message shows the difference.
+        """
+        resolved = json.loads(config.model_dump_json())
+        earlier = self.read("config.json")
+        if earlier is not None and (different := changes(earlier, resolved)):
+            raise BadRequest(
+                f"run {config.run.name!r} began with another configuration ({'; '.join(different)}): "
+                f"undo that to resume, or start anew with run.name=ANOTHER_NAME"
+            )
+        self.write("config.json", resolved)
+
+
+def root_of(config: TrainConfig) -> str:
+    """Where runs are kept, absolute: a Ray job runs in a copy of the sources, and relative paths are lost with it."""
+    if config.run.root is None:
+        return str(storage.run_root())
+    return config.run.root if storage.is_remote(config.run.root) else storage.open_filesystem(config.run.root)[1]

@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/python pipelines/demo/run.py --fresh --out out/demo.json
+	$(BIN)/python pipelines/demo/run.py --out out/demo.json
 
 test: setup lint
 	$(BIN)/python -m pytest

@@ -18,6 +18,21 @@ class RunFailed(Exception):
     """A run started and failed; the message names worker, step and shard, first cause first."""
 
 
+def check_summary(path: str | None) -> None:
+    """Raise BadRequest where `--summary FILE` could not be written: better now than after hours of training."""
+    if not path:
+        return
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        new = not target.exists()
+        target.open("a").close()
+        if new:
+            target.unlink()  # a run that fails leaves no empty summary
+    except OSError as error:
+        raise BadRequest(f"--summary {path} cannot be written ({error.strerror}): name a file") from None
+
+
 def write_summary(path: str | None, summary: dict[str, Any]) -> None:
     """Write the run's ids, paths and figures as one JSON object, where `--summary FILE` was given."""
     if path:
@@ -26,7 +41,7 @@ def write_summary(path: str | None, summary: dict[str, Any]) -> None:
         target.write_text(json.dumps(summary, indent=2, default=str) + "\n")
 
 
-def main_exit(main: Callable[[], None]) -> None:
+def main_exit(main: Callable[[], Any]) -> None:
     """Run `main` and leave with the project's exit codes."""
     try:
         main()

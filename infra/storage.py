@@ -61,8 +61,13 @@ def open_filesystem(url: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSys
         secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
         token=os.environ.get("AWS_SESSION_TOKEN"),
         client_kwargs={"region_name": region} if region else {},
-        # Servers other than AWS rarely have a DNS name for each bucket.
-        config_kwargs={"s3": {"addressing_style": "path"}} if endpoint else {},
+        config_kwargs={
+            # Some servers answer a range with the checksum of the whole object; what is read here is checked against
+            # the index or the manifest anyway.
+            "response_checksum_validation": "when_required",
+            # Servers other than AWS rarely have a DNS name for each bucket.
+            **({"s3": {"addressing_style": "path"}} if endpoint else {}),
+        },
         use_listings_cache=False,  # another process writes: a cached listing would hide its newest checkpoint
     )
     path = text.removeprefix("s3://").rstrip("/")

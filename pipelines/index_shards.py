@@ -2,12 +2,14 @@
 
     python pipelines/index_shards.py s3://bucket/laion
 
-Every shard is read once. The index is kept beside the shards, or under --index-root where they cannot be written.
+Every shard is read once; after an interruption the same command goes on where it was. The index is kept beside the
+shards, or under --index-root where they cannot be written.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +17,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a Ray job runs f
 
 from infra.errors import main_exit, write_summary
 from pipelines.data.index import Location, build_index, scan_here, scan_to_sidecar
-from pipelines.data.scan import CHUNK_SAMPLES, ShardScan
+from pipelines.data.scan import CHUNK_SAMPLES, ShardFacts
 
 _FEW = 8  # shards; fewer are indexed here sooner than Ray starts
 
 
 def scan_over_ray(
-    location: Location, root: str, names: Sequence[str], chunk_samples: int
-) -> Iterator[tuple[str, ShardScan]]:
+    location: Location, root: str, names: Sequence[str], chunk_samples: int, rescan: bool = False
+) -> Iterator[tuple[str, ShardFacts]]:
     """Scan shards as Ray Data tasks; chunk lists stay in the sidecars, so little comes back."""
     import ray
 
     def scan(row: dict[str, Any]) -> dict[str, Any]:
-        return {"name": row["item"], "scan": scan_to_sidecar(location, root, row["item"], chunk_samples).to_json()}
+        return {"name": row["item"], **scan_to_sidecar(location, root, row["item"], chunk_samples, rescan)._asdict()}
 
     ray.init(
         ignore_reinit_error=True, runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}}
     )
     shards = ray.data.from_items(list(names), override_num_blocks=len(names)).map(scan)
     for row in shards.iter_rows():
-        yield row["name"], ShardScan.from_json(row["scan"])
+        yield row.pop("name"), ShardFacts(**row)
 
 
 def main() -> None:
@@ -44,10 +46,11 @@ def main() -> None:
     parser.add_argument(
         "--chunk-samples", type=int, default=CHUNK_SAMPLES, help=f"samples read at once (default: {CHUNK_SAMPLES})"
     )
+    parser.add_argument("--rescan", action="store_true", help="read also the shards whose sidecar looks current")
     parser.add_argument("--summary", metavar="FILE", help="write the index's facts as JSON")
     args = parser.parse_args()
     scan = scan_here if len(Location.parse(args.url).shards()) < _FEW else scan_over_ray
-    index = build_index(args.url, scan, args.index_root, args.chunk_samples)
+    index = build_index(args.url, partial(scan, rescan=args.rescan), args.index_root, args.chunk_samples)
     print(f"{index.samples} samples in {len(index.names)} shards, digest {index.digest[:12]}, index in {index.root}")
     facts = {"url": index.url, "root": index.root, "samples": index.samples, "digest": index.digest}
     write_summary(args.summary, facts)

@@ -33,14 +33,14 @@ from numpy.typing import NDArray
 
 from infra.errors import BadRequest
 from infra.storage import check_access, is_remote, open_filesystem, read_bytes, write_bytes
-from pipelines.data.scan import CHUNK_SAMPLES, VERSION, ShardScan, scan_shard, sidecar_name
+from pipelines.data.scan import CHUNK_SAMPLES, VERSION, ShardFacts, ShardScan, scan_shard, sidecar_name
 
 _BUILD_HERE_BYTES = 64 << 30  # more than this is indexed by many machines
 _SIDECARS_IN_MEMORY = 512
 
-Scanner = Callable[["Location", str, Sequence[str], int], Iterable[tuple[str, ShardScan]]]
+Scanner = Callable[["Location", str, Sequence[str], int], Iterable[tuple[str, ShardFacts]]]
 """Scans the named shards of a location and writes their sidecars under a root: (location, root, names, chunk_samples)
-gives (name, scan) in any order."""
+gives (name, facts) in any order."""
 
 
 @dataclass
@@ -65,8 +65,8 @@ class DatasetIndex:
     def sidecar(self, shard: int) -> ShardScan:
         """The sidecar of a shard, by number; the last few hundred used stay in memory. Raises OSError, ValueError."""
         scan = _load_sidecar(f"{self.root}/{sidecar_name(self.names[shard], self.chunk_samples)}", self.digest)
-        if scan.samples != self.shard_samples[shard]:
-            raise ValueError(f"that of {self.names[shard]} is not of this index; run pipelines/index_shards.py again")
+        if scan.samples != self.shard_samples[shard] or len(scan.chunks) != -(-scan.samples // self.chunk_samples):
+            raise ValueError("it is not of this index")
         return scan
 
 
@@ -154,31 +154,25 @@ def _roots(location: Location, index_root: str | None) -> Iterator[str]:
         yield f"{index_root.rstrip('/')}/{hashlib.sha256(location.folder.encode()).hexdigest()[:12]}"
 
 
-def write_index(location: Location, root: str, scans: dict[str, ShardScan], chunk_samples: int) -> DatasetIndex:
+def write_index(location: Location, root: str, facts: dict[str, ShardFacts], chunk_samples: int) -> DatasetIndex:
     """Write the dataset's index, over sidecars that are already there; warns of damaged shards."""
-    ordered = sorted(scans.items())
+    ordered = sorted(facts.items())
     digest = hashlib.sha256(f"{chunk_samples}\n".encode())
     shards = []
-    for name, scan in ordered:
-        digest.update(f"{name} {scan.sha256}\n".encode())
+    for name, shard in ordered:
+        digest.update(f"{name} {shard.sha256}\n".encode())
+        size, sha256, samples, chunks, damage = shard
         shards.append(
-            {
-                "name": name,
-                "bytes": scan.size,
-                "sha256": scan.sha256,
-                "samples": scan.samples,
-                "chunks": len(scan.chunks),
-                "damage": scan.damage,
-            }
+            {"name": name, "bytes": size, "sha256": sha256, "samples": samples, "chunks": chunks, "damage": damage}
         )
     raw = {
         "version": VERSION,
         "digest": digest.hexdigest(),
-        "samples": sum(scan.samples for scan in scans.values()),
+        "samples": sum(shard.samples for shard in facts.values()),
         "chunk_samples": chunk_samples,
         "shards": shards,
     }
-    _warn_of_damage({name: scan.damage for name, scan in ordered if scan.damage})
+    _warn_of_damage({name: shard.damage for name, shard in ordered if shard.damage})
     write_bytes(f"{root}/{location.index_name}", json.dumps(raw, separators=(",", ":")).encode())
     return _to_index(location, root, raw)
 
@@ -190,10 +184,28 @@ def _warn_of_damage(damage: dict[str, str]) -> None:
         print(f"warning: and {len(damage) - 20} more damaged shards, listed in the index", file=sys.stderr)
 
 
-def scan_to_sidecar(location: Location, root: str, name: str, chunk_samples: int) -> ShardScan:
-    """Scan one shard and write its sidecar."""
-    scan = scan_shard(f"{location.folder}/{name}", chunk_samples)
-    write_bytes(f"{root}/{sidecar_name(name, chunk_samples)}", scan.to_json())
+def scan_to_sidecar(
+    location: Location, root: str, name: str, chunk_samples: int, rescan: bool = False
+) -> ShardFacts:
+    """Scan one shard and write its sidecar, unless it has one already; `rescan` reads it in any case."""
+    shard, sidecar = f"{location.folder}/{name}", f"{root}/{sidecar_name(name, chunk_samples)}"
+    scan = None if rescan else _earlier_scan(shard, sidecar)
+    if scan is None:
+        scan = scan_shard(shard, chunk_samples)
+        write_bytes(sidecar, scan.to_json())
+    return scan.facts
+
+
+def _earlier_scan(shard: str, sidecar: str) -> ShardScan | None:
+    """The sidecar, where it is newer than the shard and says the same size: indexing goes on where it was interrupted."""
+    try:
+        scan = ShardScan.from_json(read_bytes(sidecar))
+    except (FileNotFoundError, ValueError):
+        return None
+    filesystem, path = open_filesystem(shard)
+    sidecars, sidecar_path = open_filesystem(sidecar)
+    if filesystem.size(path) != scan.size or sidecars.modified(sidecar_path) <= filesystem.modified(path):
+        return None
     return scan
 
 
@@ -219,13 +231,18 @@ def build_index(
 
 
 def scan_here(
-    location: Location, root: str, names: Sequence[str], chunk_samples: int, progress: bool = True
-) -> Iterator[tuple[str, ShardScan]]:
+    location: Location,
+    root: str,
+    names: Sequence[str],
+    chunk_samples: int,
+    progress: bool = True,
+    rescan: bool = False,
+) -> Iterator[tuple[str, ShardFacts]]:
     """Scan shards one after another in this process, with a progress bar on the screen."""
     from rich.progress import track
 
     for name in track(names, description="indexing shards", disable=not progress):
-        yield name, scan_to_sidecar(location, root, name, chunk_samples)
+        yield name, scan_to_sidecar(location, root, name, chunk_samples, rescan)
 
 
 def load_index(url: str, index_root: str | None = None, build: bool = True, progress: bool = True) -> DatasetIndex:

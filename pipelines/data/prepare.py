@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import BadRequest
+from infra.storage import exists, join
 from pipelines.data.decode import IMAGE_SUFFIXES
 from pipelines.data.index import DatasetIndex
 from pipelines.data.write import ShardWriter
@@ -150,6 +151,11 @@ def write_samples(
             writer.write(sample.key, encode(sample))
         indices[split] = writer.close()
     return indices
+
+
+def digits_complete(out: str) -> bool:
+    """Whether `write_digits` went to its end there: each split's index is written last."""
+    return all(exists(join(out, split, "index.json")) for split in _SPLITS)
 
 
 def write_digits(out: str, size: int, repeats: int, shard_samples: int, overwrite: bool) -> dict[str, DatasetIndex]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,12 +20,15 @@ from infra.storage import open_filesystem
 from pipelines.data.decode import BadImage, decode_image
 from pipelines.data.index import DatasetIndex
 from pipelines.data.order import DataOrder
+from pipelines.data.quarantine import DataFailure
+from pipelines.data.scan import ShardScan
 from pipelines.data.seeds import uniform
 from pipelines.data.spec import BadCaption, SampleSpec
 from pipelines.data.tar import BytesSource, DamagedTar, TarSample, group_samples, read_members
 
-_ATTEMPTS = 3
-_BACKOFF_SECONDS = 0.2
+_ALTERED_ATTEMPTS = 3  # reads of a chunk whose bytes are not those of the index
+_OUTAGE_SECONDS = 60.0  # for so long reads that fail are tried again
+_BACKOFF_SECONDS, _LONGEST_BACKOFF_SECONDS = 0.2, 10.0
 _READS_AT_ONCE = 16
 
 ChunkId = tuple[int, int]  # shard, chunk
@@ -51,17 +55,36 @@ def _parse(data: bytes, flaws: dict[str, str], first: int, count: int) -> ReadCh
     return ReadChunk(data, samples)
 
 
-def _fetch(index: DatasetIndex, wanted: list[ChunkId], done: dict[ChunkId, ReadChunk]) -> dict[ChunkId, str]:
-    """Read chunks and check them; good ones go to `done`, the reasons for the others come back."""
-    reasons: dict[ChunkId, str] = {}
-    with ThreadPoolExecutor(_READS_AT_ONCE) as threads:  # a sidecar that isn't in memory yet is a request of its own
-        loading = {shard: threads.submit(index.sidecar, shard) for shard in {shard for shard, _ in wanted}}
-    ranges: dict[ChunkId, list[int]] = {}
-    for shard, chunk in wanted:
+def _text(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _sidecars(index: DatasetIndex, shards: set[int], failed: dict[int, str]) -> dict[int, ShardScan]:
+    """The sidecars of shards; why one could not be fetched goes to `failed`. Raises DataFailure where one is damaged."""
+    with ThreadPoolExecutor(_READS_AT_ONCE) as threads:  # one that isn't in memory yet is a request of its own
+        loading = {shard: threads.submit(index.sidecar, shard) for shard in shards}
+    found = {}
+    for shard, future in loading.items():
         try:
-            ranges[shard, chunk] = loading[shard].result().chunks[chunk]
-        except (OSError, ValueError, TypeError, IndexError) as error:
-            reasons[shard, chunk] = f"sidecar: {error}"
+            found[shard] = future.result()
+        except ValueError as error:
+            raise DataFailure(
+                f"the sidecar of shard {index.shard_url(shard)}: {_text(error)}; run pipelines/index_shards.py again"
+            ) from error
+        except Exception as error:  # s3fs makes OSErrors of some, and lets through what botocore and aiohttp raise
+            failed[shard] = f"sidecar: {_text(error)}"
+    return found
+
+
+def _fetch(
+    index: DatasetIndex, wanted: list[ChunkId], done: dict[ChunkId, ReadChunk]
+) -> tuple[dict[ChunkId, str], dict[ChunkId, str]]:
+    """Read chunks and check them: good ones go to `done`; of the others come back those altered and those not read."""
+    altered: dict[ChunkId, str] = {}
+    without: dict[int, str] = {}
+    sidecars = _sidecars(index, {shard for shard, _ in wanted}, without)
+    failed = {(shard, chunk): without[shard] for shard, chunk in wanted if shard in without}
+    ranges = {(shard, chunk): sidecars[shard].chunks[chunk] for shard, chunk in wanted if shard in sidecars}
     filesystem, root = open_filesystem(index.url)
     answers = filesystem.cat_ranges(
         [f"{root}/{index.names[shard]}" for shard, _ in ranges],
@@ -72,27 +95,43 @@ def _fetch(index: DatasetIndex, wanted: list[ChunkId], done: dict[ChunkId, ReadC
     )
     for ((shard, chunk), (_, length, count, crc32)), answer in zip(ranges.items(), answers):
         if isinstance(answer, BaseException):
-            reasons[shard, chunk] = f"read: {' '.join(str(answer).split())[:200] or type(answer).__name__}"
+            failed[shard, chunk] = _text(answer)
         elif len(answer) != length or zlib.crc32(answer) != crc32:
-            reasons[shard, chunk] = "checksum: the shard's bytes are not those of the index"
+            altered[shard, chunk] = "checksum: the shard's bytes are not those of the index"
         else:
-            flaws = loading[shard].result().flaws
-            done[shard, chunk] = _parse(answer, flaws, chunk * index.chunk_samples, count)
-    return reasons
+            done[shard, chunk] = _parse(answer, sidecars[shard].flaws, chunk * index.chunk_samples, count)
+    return altered, failed
 
 
 def read_chunks(index: DatasetIndex, wanted: Iterable[ChunkId]) -> dict[ChunkId, ReadChunk]:
     """Fetch chunks, each by one range read, and check each against the index before it is parsed.
 
-    A failed or altered read is tried again, with waiting; what stays bad comes back as a chunk with a reason.
+    Altered bytes are read again a few times; what stays altered comes back as a chunk with a reason, to be quarantined.
+    A read that fails says nothing about the samples: it is tried again for a minute.
+
+    Raises:
+        OSError: reads of a shard still fail after that, or it is gone; the message names it.
+        DataFailure: a sidecar is damaged or of another index.
     """
     done: dict[ChunkId, ReadChunk] = {}
-    reasons = _fetch(index, list(wanted), done)
-    for attempt in range(1, _ATTEMPTS):
-        if reasons:
-            time.sleep(_BACKOFF_SECONDS * 4 ** (attempt - 1))
-            reasons = _fetch(index, list(reasons), done)
-    return done | {chunk_id: ReadChunk(b"", [], reason) for chunk_id, reason in reasons.items()}
+    attempts: Counter[ChunkId] = Counter()
+    pending, wait, deadline = list(wanted), _BACKOFF_SECONDS, time.monotonic() + _OUTAGE_SECONDS
+    while True:
+        altered, failed = _fetch(index, pending, done)
+        attempts.update(altered.keys())
+        done |= {
+            chunk_id: ReadChunk(b"", [], reason)
+            for chunk_id, reason in altered.items()
+            if attempts[chunk_id] >= _ALTERED_ATTEMPTS
+        }
+        pending = [chunk_id for chunk_id in (*altered, *failed) if chunk_id not in done]
+        if not pending:
+            return done
+        if failed and time.monotonic() >= deadline:
+            (shard, _), reason = next(iter(failed.items()))
+            raise OSError(f"shard {index.shard_url(shard)} could not be read for {_OUTAGE_SECONDS:g} s: {reason}")
+        time.sleep(wait)
+        wait = min(2 * wait, _LONGEST_BACKOFF_SECONDS)
 
 
 def build_batch(

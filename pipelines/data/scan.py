@@ -6,7 +6,7 @@ import hashlib
 import json
 import zlib
 from dataclasses import asdict, dataclass, field
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from infra.storage import open_filesystem
 from pipelines.data.tar import DamagedTar, group_samples, read_members
@@ -19,6 +19,16 @@ _PIECE = 1 << 20
 def sidecar_name(shard: str, chunk_samples: int) -> str:
     """The sidecar's file name; one of another chunk size has another, so that two indices can share shards."""
     return f"{shard}.index.json" if chunk_samples == CHUNK_SAMPLES else f"{shard}.index-{chunk_samples}.json"
+
+
+class ShardFacts(NamedTuple):
+    """What the dataset's index says of a shard."""
+
+    size: int  # bytes
+    sha256: str
+    samples: int
+    chunks: int
+    damage: str
 
 
 @dataclass
@@ -41,9 +51,16 @@ class ShardScan:
     def from_json(raw: bytes) -> ShardScan:
         """Raises ValueError where `raw` is no sidecar of this version."""
         fields: dict[str, Any] = json.loads(raw)
-        if fields.get("version") != VERSION:
-            raise ValueError(f"sidecar version {fields.get('version')}, expected {VERSION}")
-        return ShardScan(size=fields.pop("bytes"), **fields)
+        try:
+            if fields.get("version") != VERSION:
+                raise ValueError(f"sidecar version {fields.get('version')}, expected {VERSION}")
+            return ShardScan(size=fields.pop("bytes"), **fields)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("it is no sidecar") from error
+
+    @property
+    def facts(self) -> ShardFacts:
+        return ShardFacts(self.size, self.sha256, self.samples, len(self.chunks), self.damage)
 
 
 class _HashingSource:

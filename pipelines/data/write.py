@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from infra.errors import BadRequest
 from infra.storage import open_filesystem, write_bytes
 from pipelines.data.index import DatasetIndex, Location, write_index
-from pipelines.data.scan import CHUNK_SAMPLES, ShardScan, scan_file, sidecar_name
+from pipelines.data.scan import CHUNK_SAMPLES, ShardFacts, scan_file, sidecar_name
 from pipelines.data.tar import padded
 
 
@@ -32,7 +32,7 @@ class ShardWriter:
             raise BadRequest("samples per shard and per chunk must be at least 1")
         self._location = Location.parse(url)
         self._shard_samples, self._chunk_samples = shard_samples, chunk_samples
-        self._scans: dict[str, ShardScan] = {}
+        self._shards: dict[str, ShardFacts] = {}
         self._buffer, self._in_shard = io.BytesIO(), 0
         self.index: DatasetIndex | None = None
         self._empty_folder(overwrite)
@@ -65,21 +65,21 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         self._buffer.write(b"\0" * 1024)
-        name = f"{len(self._scans):05d}.tar"
+        name = f"{len(self._shards):05d}.tar"
         self._buffer.seek(0)
         scan = scan_file(self._buffer, self._chunk_samples)
         write_bytes(f"{self._location.folder}/{name}", self._buffer.getvalue())
         write_bytes(f"{self._location.folder}/{sidecar_name(name, self._chunk_samples)}", scan.to_json())
-        self._scans[name] = scan
+        self._shards[name] = scan.facts
         self._buffer, self._in_shard = io.BytesIO(), 0
 
     def close(self) -> DatasetIndex:
         """Write what is left and the index. Raises BadRequest where no sample was written."""
         if self._in_shard:
             self._finish_shard()
-        if not self._scans:
+        if not self._shards:
             raise BadRequest(f"{self._location.folder}: there were no samples to write")
-        self.index = write_index(self._location, self._location.folder, self._scans, self._chunk_samples)
+        self.index = write_index(self._location, self._location.folder, self._shards, self._chunk_samples)
         return self.index
 
     def __enter__(self) -> ShardWriter:

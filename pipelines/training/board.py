@@ -10,7 +10,8 @@ import ray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_SECONDARY = ("closed by peer", "connection", "gloo", "nccl", "socket", "broken pipe", "timed out", "barrier")
+# Words of errors that come from a lost peer or a bad connection.
+NETWORK_WORDS = ("closed by peer", "connection", "gloo", "nccl", "socket", "broken pipe", "timed out", "barrier")
 
 
 @ray.remote(num_cpus=0, max_restarts=-1)
@@ -20,15 +21,25 @@ class Board:
     def __init__(self) -> None:
         self._progress: dict[str, Any] = {}
         self._failures: list[dict[str, Any]] = []
+        self._notes: list[str] = []
+
+    def note(self, line: str) -> None:
+        """Something that people should read."""
+        self._notes.append(line)
 
     def progress(self, entry: dict[str, Any]) -> None:
         self._progress = entry
 
     def failure(self, entry: dict[str, Any]) -> None:
         self._failures.append(entry)
+        self._notes.append(f"worker {entry['rank']} failed at step {entry['step']}: {entry['error']}")
 
-    def read(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        return self._progress, self._failures
+    def read(self) -> tuple[dict[str, Any], list[str]]:
+        """The newest progress, and all notes."""
+        return self._progress, self._notes
+
+    def failures(self) -> list[dict[str, Any]]:
+        return self._failures
 
     def fatal(self) -> bool:
         """A worker failed in a way that a restart would repeat."""
@@ -40,7 +51,7 @@ def first_cause(failures: list[dict[str, Any]]) -> dict[str, Any] | None:
 
     def order(entry: dict[str, Any]) -> tuple[bool, bool, float]:
         text = entry["error"].lower()
-        return not entry["fatal"], any(word in text for word in _SECONDARY), entry["time"]
+        return not entry["fatal"], any(word in text for word in NETWORK_WORDS), entry["time"]
 
     return min(failures, key=order, default=None)
 
@@ -60,6 +71,7 @@ class ProgressDisplay:
 
     def __init__(self, board: Any, title: str, steps: int) -> None:
         self._board, self._title, self._steps = board, title, steps
+        self._noted = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self._thread.start()
@@ -68,14 +80,18 @@ class ProgressDisplay:
         self._closing.set()
         self._thread.join(timeout=5)
 
-    def _poll(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def _poll(self) -> tuple[dict[str, Any], list[str]]:
+        """The newest progress, and the notes not shown yet."""
         try:
-            return ray.get(self._board.read.remote(), timeout=5)
+            progress, notes = ray.get(self._board.read.remote(), timeout=5)
         except ray.exceptions.RayError:  # the actor is being restarted, or the driver is ending
             return {}, []
+        new = notes[self._noted :]
+        self._noted = max(self._noted, len(notes))
+        return progress, new
 
     def _show(self) -> None:
-        console = Console()
+        console = Console(soft_wrap=True)
         if not console.is_terminal:
             self._show_lines(console)
             return
@@ -89,39 +105,26 @@ class ProgressDisplay:
         )
         with Progress(*columns, console=console) as progress:
             bar = progress.add_task(self._title, total=self._steps, figures="starting workers")
-            seen = 0
-            while not self._closing.wait(0.5):
-                entry, failures = self._poll()
-                for failure in failures[seen:]:
-                    progress.console.print(
-                        f"[red]worker {failure['rank']} failed at step {failure['step']}[/]: {failure['error']}"
-                    )
-                seen = max(seen, len(failures))
+            closing = False
+            while not closing:
+                closing = self._closing.wait(0.5)
+                entry, notes = self._poll()
+                for note in notes:
+                    progress.console.print(note, markup=False, style="red")
                 if entry:
                     progress.update(bar, completed=entry["step"], figures=figures_text(entry))
-            entry, _ = self._poll()
-            if entry:
-                progress.update(bar, completed=entry["step"], figures=figures_text(entry))
 
     def _show_lines(self, console: Console) -> None:
-        shown, printed_at, seen = -1, 0.0, 0
-        while True:
+        shown, printed_at, closing = -1, 0.0, False
+        while not closing:
             closing = self._closing.wait(0.5)
-            entry, failures = self._poll()
-            for failure in failures[seen:]:
-                console.print(
-                    f"{self._title}: worker {failure['rank']} failed at step {failure['step']}: {failure['error']}",
-                    markup=False,
-                    soft_wrap=True,
-                )
-            seen = max(seen, len(failures))
+            entry, notes = self._poll()
+            for note in notes:
+                console.print(f"{self._title}: {note}", markup=False, highlight=False)
             if entry and entry["step"] != shown and (closing or time.monotonic() - printed_at > 10):
                 shown, printed_at = entry["step"], time.monotonic()
-                console.print(
-                    f"{self._title}: step {shown}/{self._steps}  {figures_text(entry)}", markup=False, soft_wrap=True
-                )
-            if closing:
-                return
+                line = f"{self._title}: step {shown}/{self._steps}  {figures_text(entry)}"
+                console.print(line, markup=False, highlight=False)
 
 
 def figures_text(entry: dict[str, Any]) -> str:

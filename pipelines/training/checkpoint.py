@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -161,6 +161,11 @@ class Checkpoint:
     def step(self) -> int:
         return int(self.manifest["step"])
 
+    @property
+    def finished(self) -> bool:
+        """Whether the training had ended, and what is measured at the end is in it."""
+        return bool(self.manifest.get("finished"))
+
     def read_file(self, name: str) -> bytes:
         """One of its files, checked against the manifest. Raises ValueError naming the file."""
         data = storage.read_bytes(storage.join(self.url, name))
@@ -192,8 +197,11 @@ def list_checkpoints(folder: str) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
-def newest_verified(folder: str) -> Checkpoint | None:
-    """The newest checkpoint whose files all verify; the ranks share the reading. Collective, the same on all ranks."""
+def newest_verified(folder: str, tell: Callable[[str], None] = print) -> Checkpoint | None:
+    """The newest checkpoint whose files all verify; the ranks share the reading. Collective, the same on all ranks.
+
+    `tell` is called on rank 0 with a line about each checkpoint that is passed over.
+    """
     candidates = [(c.url, c.manifest) for c in list_checkpoints(folder)] if _rank() == 0 else None
     for url, manifest in _broadcast(candidates):
         checkpoint = Checkpoint(url, manifest)
@@ -202,7 +210,7 @@ def newest_verified(folder: str) -> Checkpoint | None:
         if not problems:
             return checkpoint
         if _rank() == 0:
-            print(f"checkpoint skipped: {problems[0]}", flush=True)
+            tell(f"checkpoint {url} is damaged and passed over: {problems[0]}")
     return None
 
 
@@ -229,10 +237,11 @@ def prune(folder: str, keep: int) -> None:
 
 
 class _Pieces:
-    """The tensors of a checkpoint's rank files, by (network, what, parameter); a file is read once, when needed."""
+    """The tensors of a checkpoint's rank files, by (network, what, parameter); a file is read once, when needed,
+    and only `wanted` kinds are kept."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: Checkpoint, wanted: Collection[str]) -> None:
+        self.checkpoint, self.wanted = checkpoint, wanted
         self.unread = checkpoint.rank_files()
         self.pieces: dict[tuple[str, str, str], list[tuple[int, Tensor]]] = {}
 
@@ -240,7 +249,8 @@ class _Pieces:
         self.unread.remove(name)
         for key, tensor in load(self.checkpoint.read_file(name)).items():
             network, what, parameter, start = key.split("|")
-            self.pieces.setdefault((network, what, parameter), []).append((int(start), tensor))
+            if what in self.wanted:
+                self.pieces.setdefault((network, what, parameter), []).append((int(start), tensor))
 
     def copy(self, key: tuple[str, str, str], start: int, into: Tensor) -> bool:
         """Fill `into` with the elements from `start` on. False where the checkpoint has none of this kind."""
@@ -266,7 +276,7 @@ def restore(checkpoint: Checkpoint, networks: dict[str, NetworkState]) -> None:
     Raises:
         ValueError: a network or parameter is missing in the checkpoint, or has another shape.
     """
-    pieces = _Pieces(checkpoint)
+    pieces = _Pieces(checkpoint, ("param", *MOMENTS, "ema"))
     own = f"rank-{_rank():05d}.safetensors"
     if own in pieces.unread:  # at the same world size and stage, the only file this rank needs
         pieces.read(own)
@@ -295,7 +305,7 @@ def restore(checkpoint: Checkpoint, networks: dict[str, NetworkState]) -> None:
 
 def assemble(checkpoint: Checkpoint, what: str = "ema") -> dict[str, dict[str, Tensor]]:
     """Whole tensors of every network, on the CPU: {network: {parameter: tensor}}; `what` as in the files' keys."""
-    pieces = _Pieces(checkpoint)
+    pieces = _Pieces(checkpoint, (what,))
     assembled: dict[str, dict[str, Tensor]] = {}
     for network, described in checkpoint.manifest["networks"].items():
         for name, shape in described["shapes"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 from infra import storage
@@ -26,6 +27,9 @@ def connect(config: TrainConfig) -> None:
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
+            # Ray's processes look in the folder that the command is typed in, which need not be the checkout.
+            sources = str(Path(__file__).resolve().parents[2])
+            os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")]))
             ray.init(
                 address="local",
                 num_cpus=local_cpus(config),
@@ -61,12 +65,13 @@ def _resources() -> dict[str, float]:
 
 
 def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
-    """Raises BadRequest where the workers do not fit beside one data task."""
+    """Raises BadRequest where the workers do not fit beside their data tasks."""
     workers = config.workers
-    needed = workers.count * workers.cpus + min(1.0, config.data.read_cpus)
+    # A data task for each worker: with fewer, one worker's tasks can hold the CPUs that another one waits for.
+    needed = workers.count * (workers.cpus + min(1.0, config.data.read_cpus))
     if needed > resources["CPU"]:
         raise BadRequest(
-            f"workers.count={workers.count} with workers.cpus={workers.cpus:g} and one data task need {needed:g} CPUs, "
+            f"workers.count={workers.count}, workers.cpus={workers.cpus:g} and a data task each need {needed:g} CPUs, "
             f"Ray has {resources['CPU']:g}: use fewer workers, a larger cluster, or a larger workers.local_cpus"
         )
     if workers.use_gpu and workers.count > resources["GPU"]:
@@ -78,8 +83,15 @@ def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
 
 def check_shared(url: str, what: str) -> None:
     """Raises BadRequest where a local path would have to be seen by several machines."""
-    import ray
+    if node_count() > 1 and not storage.is_remote(url):
+        raise BadRequest(f"{what} is {url}, which the nodes of the cluster do not share: use an s3:// URL")
 
-    nodes = sum(1 for node in ray.nodes() if node["Alive"])
-    if nodes > 1 and not storage.is_remote(url):
-        raise BadRequest(f"{what} is {url}, which {nodes} nodes do not share: use an s3:// URL")
+
+def node_count() -> int:
+    """Nodes of the cluster; at least 2 where it scales by itself, since the next one may come at any time."""
+    import ray
+    from ray._private.state import state
+
+    alive = sum(1 for node in ray.nodes() if node["Alive"])
+    limit = (state.get_max_resources_from_cluster_config() or {}).get("CPU", 0)
+    return max(alive, 2 if limit > ray.cluster_resources().get("CPU", 0) else 1)

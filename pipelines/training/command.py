@@ -7,9 +7,10 @@ import json
 
 from rich.console import Console
 
-from infra.errors import BadRequest, write_summary
-from pipelines.training.config import TrainConfig, describe_keys, load_config
+from infra.errors import BadRequest, check_summary, write_summary
+from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.dry_run import describe
+from pipelines.training.explain import describe_keys
 
 
 def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig, argparse.Namespace]:
@@ -21,7 +22,7 @@ def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig
     parser = argparse.ArgumentParser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="keys, with defaults:\n" + "\n".join(describe_keys()),
+        epilog="keys, with defaults:\n" + "\n".join(describe_keys(TrainConfig)),
     )
     parser.add_argument(
         "preset", nargs="?", default=default_preset, help=f"YAML file, or a preset's name [{default_preset}]"
@@ -38,6 +39,7 @@ def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig
     config = load_config(arguments.preset, arguments.overrides)
     if config.objective.kind != kind:
         raise BadRequest(f"{arguments.preset} trains objective.kind={config.objective.kind}, this pipeline {kind}")
+    check_summary(arguments.summary)
     return config, arguments
 
 

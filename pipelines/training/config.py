@@ -6,27 +6,36 @@ any worker starts.
 
 from __future__ import annotations
 
-import difflib
+import copy
 import json
-import types
-import typing
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
-from genmodels.families import ObjectiveConfig
+from genmodels.families import OBJECTIVES, ObjectiveConfig
 from infra.errors import BadRequest
 from infra.storage import is_remote, run_root
+from pipelines.training.explain import explain
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs"
 
 
-def absolute_url(url: str) -> str:
-    """A local path made absolute; any other URL as it is."""
-    return url if is_remote(url) else str(Path(url.removeprefix("file://")).expanduser().absolute())
+def absolute_url(url: str | None) -> str | None:
+    """A local path made absolute; any other URL as it is. Raises ValueError for a scheme that is not known.
+
+    A Ray job runs in a copy of the sources: what is relative would be lost with it.
+    """
+    try:
+        if url is None or url.startswith("pipe:") or is_remote(url):  # a pipe is refused where the shards are listed
+            return url
+    except BadRequest as error:
+        raise ValueError(str(error)) from None
+    return str(Path(url.removeprefix("file://")).expanduser().absolute())
 
 
 class RunConfig(Section):
@@ -51,6 +60,15 @@ class RunConfig(Section):
     init_from: str | None = Field(
         None, description="start from these weights: an export folder, a run's folder, or models:/NAME@ALIAS"
     )
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
+        return name
+
+    _root_is_absolute = field_validator("root")(absolute_url)
 
 
 class DataConfig(Section):
@@ -78,6 +96,8 @@ class DataConfig(Section):
     max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
     prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead")
+
+    _paths_are_absolute = field_validator("url", "validation_url")(absolute_url)
 
 
 class OptimizerConfig(Section):
@@ -154,6 +174,13 @@ class TrackingConfig(Section):
     register_as: str | None = Field(None, description="registered model name; null: not registered")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use on the run")
 
+    @field_validator("register_as")
+    @classmethod
+    def _can_be_registered(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[^/:@']+", name):
+            raise ValueError(f"{name!r} cannot name a model: leave out / : @ and ', or use null for none")
+        return name
+
 
 class TrainConfig(Section):
     """A whole training run."""
@@ -172,27 +199,22 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batches_divide(self) -> TrainConfig:
-        data, world = self.data, self.workers.count
+        data, world, wrong = self.data, self.workers.count, []
         if data.lanes % world:
             allowed = [n for n in range(1, data.lanes + 1) if data.lanes % n == 0]
-            raise ValueError(
+            wrong.append(
                 f"workers.count={world} does not divide data.lanes={data.lanes}: use one of {allowed}, or other lanes"
             )
         if data.global_batch_size % data.lanes:
-            raise ValueError(
+            wrong.append(
                 f"data.global_batch_size={data.global_batch_size} is not a multiple of data.lanes={data.lanes}"
             )
         share = data.global_batch_size // world
-        if data.micro_batch and share % data.micro_batch:
-            raise ValueError(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
+        if not wrong and data.micro_batch and share % data.micro_batch:
+            wrong.append(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
-
-    @field_validator("data")
-    @classmethod
-    def _paths_are_absolute(cls, data: DataConfig) -> DataConfig:
-        # A Ray job runs in a copy of the sources: what is relative would be lost with it.
-        urls = {"url": data.url, "validation_url": data.validation_url}
-        return data.model_copy(update={key: absolute_url(url) for key, url in urls.items() if url is not None})
 
     @property
     def accumulation(self) -> int:
@@ -246,15 +268,15 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def read_preset(name: str) -> dict[str, Any]:
     """A YAML file by path, or by its name among the presets."""
     path = Path(name)
-    if not path.exists():
+    if not path.is_file():
         path = PRESETS / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if not path.exists():
+    if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
         raise BadRequest(f"there is no preset {name!r}: give a YAML file, or one of {known}")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise BadRequest(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadRequest(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadRequest(f"{path} must hold a mapping of sections (run, data, objective, …)")
     return tree
@@ -262,7 +284,7 @@ def read_preset(name: str) -> dict[str, Any]:
 
 def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Merge `dotted.key=value` into a tree; values are YAML."""
-    tree = json.loads(json.dumps(tree))
+    tree = copy.deepcopy(tree)
     for assignment in assignments:
         key, separator, text = assignment.partition("=")
         if not separator or not key:
@@ -297,70 +319,19 @@ def load_config(preset: str, assignments: list[str]) -> TrainConfig:
         BadRequest: every mistake at once, each naming the key and what is allowed.
     """
     try:
-        return TrainConfig.model_validate(_absolute(override(read_preset(preset), assignments)))
+        config = TrainConfig.model_validate(_absolute(override(read_preset(preset), assignments)))
     except ValidationError as error:
-        raise BadRequest("; ".join(explain(error))) from None
+        raise BadRequest("; ".join(explain(error, TrainConfig))) from None
+    check_networks(config)
+    return config
 
 
-def explain(error: ValidationError) -> list[str]:
-    """One clause for each mistake in a configuration."""
-    clauses = []
-    for detail in error.errors():
-        where = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "extra_forbidden":
-            *parents, leaf = detail["loc"]
-            allowed = sorted(_keys_at(parents))
-            close = difflib.get_close_matches(str(leaf), allowed, n=1)
-            hint = f"did you mean {close[0]}?" if close else "allowed: " + ", ".join(allowed)
-            clauses.append(f"unknown key {where} ({hint})")
-        elif detail["type"] == "missing":
-            clauses.append(f"{where} is missing")
-        elif detail["type"] == "value_error":
-            clauses.append(str(detail["ctx"]["error"]))
-        else:
-            clauses.append(f"{where}: {detail['msg']}, got {detail['input']!r}")
-    return clauses
-
-
-def _keys_at(parents: typing.Sequence[Any]) -> set[str]:
-    """Field names that a section allows; a union allows those of the member that the path names by its kind."""
-    models: list[Any] = [TrainConfig]
-    for part in parents:
-        found = []
-        for model in models:
-            if part in model.model_fields:
-                found += _models_in(model.model_fields[part].annotation)
-        named = [
-            m for m in models if "kind" in m.model_fields and part in typing.get_args(m.model_fields["kind"].annotation)
-        ]
-        models = found or named or models
-    return {name for model in models for name in model.model_fields}
-
-
-def _models_in(annotation: Any) -> list[Any]:
-    if (
-        isinstance(annotation, type)
-        and not isinstance(annotation, types.GenericAlias)
-        and issubclass(annotation, BaseModel)
-    ):
-        return [annotation]
-    return [model for inner in typing.get_args(annotation) for model in _models_in(inner)]
-
-
-def describe_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
-    """One line for each key, with its default and meaning: the body of `--help`."""
-    lines = []
-    for name, entry in model.model_fields.items():
-        inner = [] if name in ("optimizers", "engines") else _models_in(entry.annotation)
-        if inner:
-            for section in inner:
-                kinds = (
-                    typing.get_args(section.model_fields["kind"].annotation) if "kind" in section.model_fields else ()
-                )
-                if len(inner) > 1:
-                    lines.append(f"  {prefix}{name}.kind={kinds[0]}:")
-                lines += describe_keys(section, f"{prefix}{name}.")
-            continue
-        default = "required" if entry.is_required() else f"default {json.dumps(entry.default, default=str)}"
-        lines.append(f"  {prefix}{name}  ({default}) {entry.description or ''}".rstrip())
-    return lines
+def check_networks(config: TrainConfig) -> None:
+    """Raises BadRequest where `engines` or `optimizers` names a network that the objective does not have."""
+    sections: dict[str, Mapping[str, Section]] = {"engines": config.engines, "optimizers": config.optimizers}
+    if not any(sections.values()):
+        return
+    networks = OBJECTIVES[config.objective.kind][1].abstract_networks(config.objective)
+    for section, chosen in sections.items():
+        for name in chosen.keys() - networks.keys():
+            raise BadRequest(f"{section}.{name}: there is no such network in the objective, only {', '.join(networks)}")

@@ -32,26 +32,24 @@ from pipelines.training.engine import (
 if TYPE_CHECKING:
     from pipelines.training.config import EngineConfig, OptimizerConfig
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-
-def init_deepspeed() -> None:
-    """Tell DeepSpeed of the process group that Ray Train (or a test) has made."""
+def init_deepspeed(device: torch.device) -> None:
+    """Tell DeepSpeed of the device, and of the process group that Ray Train (or a test) has made."""
+    os.environ["DS_ACCELERATOR"] = device.type  # read when DeepSpeed is first imported
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
 def deepspeed_settings(
-    engine: EngineConfig, optimizer: OptimizerConfig, micro_batch: int, accumulation: int
+    engine: EngineConfig, optimizer: OptimizerConfig, micro_batch: int, accumulation: int, device: torch.device
 ) -> dict[str, Any]:
     """The JSON that DeepSpeed reads. Bucket sizes are small where memory is the host's: DeepSpeed allocates them."""
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
-        "overlap_comm": torch.cuda.is_available(),
-        "contiguous_gradients": torch.cuda.is_available(),
+        "overlap_comm": device.type == "cuda",
+        "contiguous_gradients": device.type == "cuda",
         "reduce_bucket_size": engine.bucket_elements,
         "allgather_bucket_size": engine.bucket_elements,
     }
@@ -77,9 +75,10 @@ class DeepSpeedEngine(Engine):
     def __init__(
         self, module: nn.Module, engine: EngineConfig, optimizer: OptimizerConfig, micro_batch: int, accumulation: int
     ) -> None:
+        device = next(module.parameters()).device
+        init_deepspeed(device)
         import deepspeed
 
-        init_deepspeed()
         self.module = module
         self.stage = engine.zero_stage
         self.replicated = engine.zero_stage == 0
@@ -89,7 +88,7 @@ class DeepSpeedEngine(Engine):
         self.ds, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=make_adamw(module, optimizer),
-            config=deepspeed_settings(engine, optimizer, micro_batch, accumulation),
+            config=deepspeed_settings(engine, optimizer, micro_batch, accumulation, device),
             dist_init_required=False,
         )
         self.max_grad_norm = optimizer.max_grad_norm

@@ -58,7 +58,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "layout": _layout(config),
     }
     try:
-        samples = load_index(config.data.url, RunFolder.of(config).path("index")).samples
+        samples = load_index(config.data.url, RunFolder.of(config).path("index"), build=False).samples
         facts |= {"samples": samples, "steps_an_epoch": samples / config.data.global_batch_size}
         facts["epochs"] = config.run.steps / facts["steps_an_epoch"]
     except BadRequest as error:

@@ -14,8 +14,8 @@ from genmodels.objective import Objective
 from infra import storage
 from infra.errors import BadRequest
 from infra.registry import resolve_model
-from pipelines.training.checkpoint import Checkpoint, assemble, newest_verified
-from pipelines.training.config import TrainConfig
+from pipelines.training.checkpoint import Checkpoint, assemble, list_checkpoints, newest_verified
+from pipelines.training.config import TrainConfig, absolute_url
 from pipelines.training.run_folder import RunFolder
 
 
@@ -33,8 +33,8 @@ def load_objective(config: TrainConfig, checkpoint: Checkpoint, inputs: Path, wh
     return objective
 
 
-def export_run(folder: RunFolder) -> tuple[str, dict[str, Any]]:
-    """Export the newest checkpoint of a run, once; returns the export's URL and its facts.
+def export_run(folder: RunFolder, checkpoint: Checkpoint | None = None) -> tuple[str, dict[str, Any]]:
+    """Export a checkpoint of a run (the newest, unless given), once; returns the export's URL and its facts.
 
     Raises:
         BadRequest: the folder holds no run, or no checkpoint yet.
@@ -42,7 +42,7 @@ def export_run(folder: RunFolder) -> tuple[str, dict[str, Any]]:
     from pipelines.training.inputs import local_inputs
 
     config = folder.config()
-    checkpoint = newest_verified(folder.checkpoints)
+    checkpoint = checkpoint or newest_verified(folder.checkpoints)
     if checkpoint is None:
         raise BadRequest(f"{folder.url} has no checkpoint yet: train it for at least run.checkpoint_every steps")
     name = f"{checkpoint.step:08d}"
@@ -60,16 +60,24 @@ def export_run(folder: RunFolder) -> tuple[str, dict[str, Any]]:
     return target, facts
 
 
-def resolve_reference(reference: str, root: str, tracking_uri: str | None = None) -> Path:
-    """A local export folder for a model named in any way: models:/NAME, an export, a run's folder, or a run's name.
+def resolve_reference(reference: str, root: str, tracking_uri: str | None = None, finished: bool = False) -> Path:
+    """A local export folder for a model named in any way: models:/NAME, an export, a run (its folder or name), or one
+    of its checkpoints.
 
     Raises:
-        BadRequest: there is no such model; the message says what is there instead.
+        BadRequest: there is no such model, or its training has not ended and `finished` asks for that.
     """
     if reference.startswith("models:"):
         return resolve_model(reference, tracking_uri)
     for url in (reference, storage.join(root, reference)):
         if all(storage.exists(storage.join(url, part)) for part in ("config.json", "checkpoints")):
-            absolute = url if storage.is_remote(url) else str(Path(url).absolute())
-            return resolve_model(export_run(RunFolder(absolute))[0], tracking_uri)
+            folder = RunFolder(str(absolute_url(url)))
+            checkpoint = newest_verified(folder.checkpoints)
+            if finished and not (checkpoint is not None and checkpoint.finished):
+                raise BadRequest(f"the training of {url} has not ended: type its command again first")
+            return resolve_model(export_run(folder, checkpoint)[0], tracking_uri)
+    run, _, name = str(absolute_url(reference)).rpartition("/checkpoints/")
+    for checkpoint in list_checkpoints(f"{run}/checkpoints") if run else ():
+        if checkpoint.url.rstrip("/").endswith(f"/{name.rstrip('/')}"):
+            return resolve_model(export_run(RunFolder(run), checkpoint)[0], tracking_uri)
     return resolve_model(reference, tracking_uri)

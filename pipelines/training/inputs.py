@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +19,7 @@ from infra.errors import BadRequest
 from pipelines.data.captions import read_captions
 from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
+from pipelines.training.cluster import local_cpus
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.export import resolve_reference
 from pipelines.training.run_folder import RunFolder, root_of
@@ -36,11 +38,6 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
     objective: Any = config.objective
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary)
-        autoencoder = getattr(objective, "autoencoder", None)
-        if autoencoder is not None:
-            source = _resolve("objective.autoencoder", autoencoder, config)
-            nested = source / "vae"  # a Stable Diffusion export holds one too
-            shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
         perceptual = getattr(objective, "perceptual", None)
         if perceptual is not None:
             if not Path(perceptual).is_file():
@@ -64,8 +61,16 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
                 spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
                 captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
                 save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
-        (local / "complete").write_text("")
-        storage.upload_folder(local, folder.inputs)
+        # The last, since it may have to be trained first: what is wrong with the others is then already known.
+        autoencoder = getattr(objective, "autoencoder", None)
+        if autoencoder is not None:
+            source = _resolve("objective.autoencoder", autoencoder, config)
+            nested = source / "vae"  # a Stable Diffusion export holds one too
+            shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
+        storage.remove(folder.inputs)  # of an attempt that was not completed
+        if any(local.iterdir()):
+            storage.upload_folder(local, folder.inputs)
+        storage.write_bytes(folder.path("inputs", "complete"), secrets.token_hex(16).encode())
 
 
 def _resolve(key: str, reference: str, config: TrainConfig) -> Path:
@@ -73,10 +78,13 @@ def _resolve(key: str, reference: str, config: TrainConfig) -> Path:
     if reference.startswith("preset:"):
         from pipelines.training.launch import train
 
+        preset = reference.removeprefix("preset:")
         assignments = [f"run.root={config.run.root}"] if config.run.root else []
-        reference = train(load_config(reference.removeprefix("preset:"), assignments))["export"]
+        # Both trainings share the Ray that the first one starts, so it has to be large enough for either.
+        room = max(local_cpus(config), local_cpus(load_config(preset, assignments)))
+        reference = train(load_config(preset, [*assignments, f"workers.local_cpus={room}"]))["export"]
     try:
-        return resolve_reference(reference, root_of(config), config.tracking.uri)
+        return resolve_reference(reference, root_of(config), config.tracking.uri, finished=True)
     except BadRequest as error:
         raise BadRequest(f"{key}: {error}") from None
 
@@ -85,11 +93,17 @@ def local_inputs(folder: RunFolder) -> Path:
     """The inputs as a local folder; from object storage they are fetched once on each node."""
     if not storage.is_remote(folder.url):
         return Path(storage.open_filesystem(folder.inputs)[1])
-    target = Path(tempfile.gettempdir()) / "genmodels-inputs" / folder.url.replace("/", "_")
-    target.mkdir(parents=True, exist_ok=True)
+    token = storage.read_bytes(
+        folder.path("inputs", "complete")
+    ).decode()  # of these inputs, whatever the run is called
+    target = storage.run_root() / "downloads" / f"inputs-{token}"
+    target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        if not (target / "complete").exists():
-            storage.download_folder(folder.inputs, target)
+        if not target.is_dir():
+            partial = target.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            storage.download_folder(folder.inputs, partial)
+            partial.rename(target)
     return target
 
 

@@ -15,19 +15,24 @@ from typing import Any
 
 import yaml
 
+from genmodels.families import OBJECTIVES, build_objective
 from infra import storage, tracking
-from infra.errors import RunFailed
+from infra.errors import BadRequest, RunFailed
 from pipelines.data.index import DatasetIndex, load_index
 from pipelines.data.order import DataOrder
-from pipelines.data.prepare import write_digits
+from pipelines.data.prepare import digits_complete, write_digits
 from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
+from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, flatten
 from pipelines.training.export import export_run
-from pipelines.training.inputs import prepare_inputs
+from pipelines.training.inputs import local_inputs, prepare_inputs
+from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
+from pipelines.training.trainer import check_phases
 
 _SHARD_SAMPLES = 1000
+_CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
 def train(config: TrainConfig) -> dict[str, Any]:
@@ -41,43 +46,78 @@ def train(config: TrainConfig) -> dict[str, Any]:
     folder = RunFolder.of(config)
     cluster.check_local_room(config)
     storage.check_access(root_of(config), write=True)
-    index, order = prepare_data(config, folder)
     uri = tracking.check_tracking(config.tracking.uri)
+    index, order = prepare_data(config, folder)
     folder.begin(config)
+    newest = checkpoints.newest_verified(folder.checkpoints)
+    _check_continuation(config, newest, index)
+    complete = newest is not None and newest.finished and newest.step >= config.run.steps
 
     result = folder.read("result.json")
-    if result is not None and result["steps"] >= config.run.steps:
+    if complete and result is not None and bool(result["model_uri"]) == bool(config.tracking.register_as):
         print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
         return {**result, "outcome": "already finished"}
-    prepare_inputs(config, folder, index)
-    run_id = _open_tracking(config, folder, uri, index)
-    try:
-        newest = next(iter(checkpoints.list_checkpoints(folder.checkpoints)), None)
-        resumed_from = newest.step if newest is not None else 0
-        if newest is None or newest.step < config.run.steps:
-            if newest is not None:
-                print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-            _fit(config, folder, uri, run_id)
-        summary = _publish(config, folder, uri, run_id, index, order)
-    except BaseException:
-        tracking.finish_run(uri, run_id, "FAILED")
-        raise
-    tracking.finish_run(uri, run_id, "FINISHED")
-    folder.write("result.json", summary)
+    with Lease(folder):
+        prepare_inputs(config, folder, index)
+        if not complete:
+            _check_objective(config, folder)
+        run_id = _open_tracking(config, folder, uri, index)
+        try:
+            if not complete:
+                if newest is not None:
+                    print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
+                _fit(config, folder, uri, run_id)
+            summary = _publish(config, folder, uri, run_id, index, order)
+        except BaseException as error:
+            _mark_failed(uri, run_id, error)
+            raise
+        tracking.finish_run(uri, run_id, "FINISHED")
+        folder.write("result.json", summary)
+    resumed_from = newest.step if newest is not None else 0
     return {**summary, "outcome": "trained", "resumed_from": resumed_from, "seconds": time.time() - started}
+
+
+def _check_continuation(config: TrainConfig, newest: Checkpoint | None, index: DatasetIndex) -> None:
+    """Refuse to go on from a checkpoint with other data, or to end before it."""
+    if newest is None:
+        return
+    known = newest.manifest["index_digest"]
+    if known != index.digest:
+        raise BadRequest(
+            f"the shards at data.url changed since run {config.run.name!r} began (index {known[:12]} then, "
+            f"{index.digest[:12]} now), so its order of samples is lost: start anew with run.name=ANOTHER_NAME"
+        )
+    if newest.step > config.run.steps and not newest.finished:
+        raise BadRequest(f"run {config.run.name!r} is at step {newest.step} already: set run.steps to that or more")
+
+
+def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
+    """Build the objective once here, unless it is large, so that what does not fit is told before a worker starts."""
+    inputs = local_inputs(folder)
+    _, family = OBJECTIVES[config.objective.kind]
+    size = sum(p.numel() for module in family.abstract_networks(config.objective).values() for p in module.parameters())
+    if size > _CHECKED_PARAMETERS:
+        return
+    try:
+        objective = build_objective(config.objective, inputs)
+        check_phases(config, objective)
+        if (inputs / "init").is_dir():
+            objective.load_weights(inputs / "init")
+    except ValueError as error:
+        raise BadRequest(" ".join(str(error).split())) from None
+
+
+def _mark_failed(uri: str, run_id: str, error: BaseException) -> None:
+    """Mark the MLflow run; where that fails too, `error` stays the one that is told."""
+    try:
+        tracking.finish_run(uri, run_id, "FAILED")
+    except Exception as second:
+        error.add_note(f"MLflow run {run_id} could not be marked as FAILED: {second}")
 
 
 def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, DataOrder]:
     """Indexes of the shards (built where there are none), and the order; everything about the data is checked here."""
-    if config.data.demo is not None and not storage.exists(storage.join(config.data.url, "index.json")):
-        print(f"drawing the demo's {config.data.demo} to {config.data.url}", flush=True)
-        write_digits(
-            config.data.url.rpartition("/")[0],
-            config.objective.image_size,
-            config.data.demo_repeats,
-            _SHARD_SAMPLES,
-            overwrite=False,
-        )
+    draw_demo(config)
     index = load_index(config.data.url, folder.path("index"))
     if config.data.validation_url is not None:
         load_index(config.data.validation_url, folder.path("index"))
@@ -85,6 +125,22 @@ def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, 
     order = DataOrder(index, config.run.seed, data.lanes, data.global_batch_size, data.slots_per_lane)
     order.check_world_size(config.workers.count)
     return index, order
+
+
+def draw_demo(config: TrainConfig, overwrite: bool = False) -> None:
+    """Draw the demo's shards where they belong; a `data.url` of one's own is never written to."""
+    data, size = config.data, config.objective.image_size
+    out = demo_url(size)
+    if data.demo != "digits" or data.url != storage.join(out, "train"):
+        return
+    if overwrite or not digits_complete(out):
+        print(f"drawing the demo's digits to {out}", flush=True)
+        write_digits(out, size, data.demo_repeats, _SHARD_SAMPLES, overwrite=True)
+
+
+def demo_url(size: int) -> str:
+    """Where the demo's digits of `size` pixels are."""
+    return storage.join(str(storage.run_root()), "data", f"digits-{size}")
 
 
 def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex) -> str:
@@ -116,7 +172,9 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
 
     cluster.check_shared(folder.url, "the run's folder")
     cluster.check_shared(config.data.url, "data.url")
-    tracking.check_tracking(uri, sum(1 for node in ray.nodes() if node["Alive"]))
+    if config.data.validation_url is not None:
+        cluster.check_shared(config.data.validation_url, "data.validation_url")
+    tracking.check_tracking(uri, cluster.node_count())
     board = Board.remote()  # type: ignore[attr-defined]
     filesystem, path = (
         storage.ray_filesystem(folder.path("ray")) if storage.is_remote(folder.url) else (None, folder.path("ray"))
@@ -151,8 +209,7 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
         error = raised
     finally:
         display.close()
-    _, failures = ray.get(board.read.remote())
-    cause = first_cause(failures)
+    cause = first_cause(ray.get(board.failures.remote()))
     if error is None and (cause is None or not cause["fatal"]):
         return
     if cause is not None:
@@ -164,8 +221,10 @@ def _publish(
     config: TrainConfig, folder: RunFolder, uri: str, run_id: str, index: DatasetIndex, order: DataOrder
 ) -> dict[str, Any]:
     """Export and register what was trained; returns the summary of the run."""
-    export_url, facts = export_run(folder)
-    newest = checkpoints.list_checkpoints(folder.checkpoints)[0]
+    newest = checkpoints.newest_verified(folder.checkpoints)
+    if newest is None or not newest.finished:
+        raise RunFailed(f"the last checkpoint of {folder.url} does not verify: type the same command again")
+    export_url, facts = export_run(folder, newest)
     figures = newest.manifest.get("figures", {})
     summary: dict[str, Any] = {
         "run": config.run.name,

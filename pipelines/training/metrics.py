@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 
 import torch
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from genmodels.objective import Mean
 
-# Peak dense bf16 (fp32 for the V100: fp16) FLOP/s by a part of the device's name; from the vendors' data sheets.
+# Peak dense bf16 FLOP/s (the V100's: fp16) by a word of the device's name; from the vendors' data sheets.
 PEAK_FLOPS = {
     "V100": 125e12, "A10G": 70e12, "A100": 312e12, "L4": 121e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12,
     "B200": 2250e12, "RTX 4090": 165e12,
@@ -81,7 +82,8 @@ def device_peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    # Whole words: an L40S is no L4.
+    return next((peak for part, peak in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
 
 
 def flop_utilisation(samples_per_second: float, forward_flops: float | None, peak: float | None) -> float | None:

@@ -1,6 +1,6 @@
 """The folder of one run: what is where, and what makes a configuration the same run.
 
-RUN_ROOT/NAME/config.json     the resolved configuration that the run began with
+RUN_ROOT/NAME/config.json     the resolved configuration, as of the last launch
               run.json        MLflow run id, tracking URI
               inputs/         what the objective needs from elsewhere: autoencoder/, tokenizer/, …
               index/          indexes of read-only datasets
@@ -8,6 +8,7 @@ RUN_ROOT/NAME/config.json     the resolved configuration that the run began with
               quarantine/     bad samples, as JSON lines
               audit/          every sample seen, where run.audit is on
               export/STEP/    what others open
+              lease.json      who trains it now
               result.json     written when the run is finished and registered
 """
 
@@ -16,6 +17,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import ValidationError
 
 from infra import storage
 from infra.errors import BadRequest
@@ -63,12 +66,14 @@ class RunFolder:
     def begin(self, config: TrainConfig) -> None:
         """Write the configuration, or check that it is still the same run.
 
+        A run has begun once its inputs are there: until then a command that was wrong can be corrected.
+
         Raises:
             BadRequest: the run began with another configuration; the message shows the difference.
         """
         resolved = json.loads(config.model_dump_json())
-        earlier = self.read("config.json")
-        if earlier is not None and (different := changes(earlier, resolved)):
+        earlier = self.read("config.json") if storage.exists(self.path("inputs", "complete")) else None
+        if earlier is not None and (different := changes(_complete(earlier), resolved)):
             raise BadRequest(
                 f"run {config.run.name!r} began with another configuration ({'; '.join(different)}): "
                 f"undo that to resume, or start anew with run.name=ANOTHER_NAME"
@@ -81,3 +86,11 @@ def root_of(config: TrainConfig) -> str:
     if config.run.root is None:
         return str(storage.run_root())
     return config.run.root if storage.is_remote(config.run.root) else storage.open_filesystem(config.run.root)[1]
+
+
+def _complete(earlier: dict[str, Any]) -> dict[str, Any]:
+    """An earlier configuration with the defaults of keys that came later; as it is where it is no longer valid."""
+    try:
+        return dict(json.loads(TrainConfig.model_validate(earlier).model_dump_json()))
+    except ValidationError:
+        return earlier

@@ -31,7 +31,7 @@ class TrainingStopped(Exception):
 
 
 class Hooks(Protocol):
-    """What happens around the steps: logging, validation, checkpoints. See `worker.py`."""
+    """What happens around the steps: logging, validation, checkpoints. See `hooks.py`."""
 
     def after_step(self, trainer: Trainer, step: int) -> None: ...
 
@@ -78,7 +78,7 @@ class Trainer:
             self.networks[name] = NetworkState(engine, Ema(engine, config.ema))
         self.log = MeanLog()
         self.throughput = Throughput()
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row: dict[str, int] = dict.fromkeys(objective.networks, 0)
         self.last: dict[str, float] = {}  # learning rate and gradient norm of the latest update
         self.phase: Phase | None = None  # for the message when something fails
 
@@ -122,14 +122,16 @@ class Trainer:
         suffix = "" if phase is self.objective.phases[0] else f"_{phase.network}"
         self.last |= {f"learning_rate{suffix}": lr, f"grad_norm{suffix}": outcome.grad_norm}
         if outcome.applied:
-            state.ema.update(step)
-            self.skipped_in_a_row = 0
+            state.ema.update(state.engine.optimizer_steps() - 1)
+            self.skipped_in_a_row[phase.network] = 0
             return
-        self.skipped_in_a_row += 1
-        self.log.add({"skipped_steps": Mean(torch.tensor(1.0), torch.tensor(1.0))})
-        if self.skipped_in_a_row >= self.config.run.max_skipped_steps:
+        self.skipped_in_a_row[phase.network] += 1
+        one = torch.ones((), device=self.device)
+        self.log.add({"skipped_steps": Mean(one, one)})
+        skipped = self.skipped_in_a_row[phase.network]
+        if skipped >= self.config.run.max_skipped_steps:
             raise TrainingStopped(
-                f"the loss or gradient of {phase.network!r} was not finite {self.skipped_in_a_row} steps in a row, the "
+                f"the loss or gradient of {phase.network!r} was not finite {skipped} steps in a row, the "
                 f"last at step {step}: lower optimizer.learning_rate, or use precision.compute=fp32"
             )
 
@@ -210,7 +212,7 @@ class Trainer:
         for name, module in self.objective.networks.items():
             for key, buffer in _buffers(module).items():
                 buffer.copy_(state[f"buffer|{name}|{key}"])
-        self.skipped_in_a_row = int(checkpoint.manifest.get("skipped_in_a_row", 0))
+        self.skipped_in_a_row |= checkpoint.manifest["skipped_in_a_row"]
         return int(checkpoint.step)
 
 

@@ -6,6 +6,7 @@ import os
 import socket
 import time
 import traceback
+from contextlib import ExitStack
 from typing import Any
 
 import psutil
@@ -18,6 +19,7 @@ from pipelines.data.index import load_index
 from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import Quarantine
 from pipelines.data.stream import training_batches
+from pipelines.training.board import NETWORK_WORDS
 from pipelines.training.checkpoint import newest_verified
 from pipelines.training.config import TrainConfig
 from pipelines.training.hooks import Audit, RunHooks, checked, training_device
@@ -27,7 +29,6 @@ from pipelines.training.trainer import Trainer
 
 # Errors that come from machines and networks: starting again may help. Any other would come back.
 _PASSING = (OSError, torch.distributed.DistError, torch.OutOfMemoryError)
-_PASSING_WORDS = ("gloo", "nccl", "connection", "socket", "cuda error", "closed by peer", "timed out")
 
 
 class _Position:
@@ -77,7 +78,8 @@ def _may_pass(error: Exception) -> bool:
 
     if isinstance(error, (*_PASSING, ray.exceptions.RayError)):
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _PASSING_WORDS)
+    # torch says so with a plain RuntimeError; our own errors are of other types.
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in NETWORK_WORDS)
 
 
 def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: int, position: _Position) -> None:
@@ -105,35 +107,40 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
     for network in (*objective.networks.values(), *objective.frozen.values()):
         network.to(device)
     position.trainer = trainer = Trainer(config, objective, device, rank)
-    checkpoint = newest_verified(folder.checkpoints)
+    checkpoint = newest_verified(folder.checkpoints, tell=lambda line: job["board"].note.remote(line))
+    if checkpoint is not None and checkpoint.manifest["index_digest"] != train_index.digest:
+        raise ValueError(f"the shards changed since {checkpoint.url} was written")
     start = trainer.restore(checkpoint) if checkpoint is not None else 0
 
-    logger = RunLogger(job["tracking_uri"], job["mlflow_run_id"], config.tracking.system_metrics) if rank == 0 else None
     facts = {"mlflow_run_id": job["mlflow_run_id"], "index_digest": train_index.digest}
-    hooks = RunHooks(config, folder, spec, train_index, validation_index, logger, job["board"], facts)
-    audit = Audit(folder, rank, start) if config.run.audit else None
+    with ExitStack() as closing:
+        logger = None
+        if rank == 0:
+            made = RunLogger(job["tracking_uri"], job["mlflow_run_id"], config.tracking.system_metrics)
+            logger = closing.enter_context(made)
+        quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share)
+        hooks = RunHooks(config, folder, spec, train_index, validation_index, logger, job["board"], facts)
+        audit = None
+        if config.run.audit:
+            audit = Audit(folder, rank, start)
+            closing.callback(audit.write)
 
-    def seen(batch: RankBatch) -> None:
-        position.batch = batch
-        if audit is not None:
-            audit.record(batch)
+        def seen(batch: RankBatch) -> None:
+            position.batch = batch
+            if audit is not None:
+                audit.record(batch)
 
-    stream = training_batches(
-        order=order,
-        spec=spec,
-        rank=rank,
-        world_size=world_size,
-        start_step=start,
-        end_step=config.run.steps,
-        concurrency=config.data.read_cpus,
-        prefetch=config.data.prefetch_batches,
-    )
-    quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share)
-    try:
-        with stream:
-            trainer.fit(checked(stream, quarantine, seen), start, hooks)
-    finally:
-        if audit is not None:
-            audit.write()
-        if logger is not None:
-            logger.close()
+        if start >= config.run.steps:  # shortened to where it is: only the end is left to do
+            hooks.after_step(trainer, start)
+            return
+        stream = training_batches(
+            order=order,
+            spec=spec,
+            rank=rank,
+            world_size=world_size,
+            start_step=start,
+            end_step=config.run.steps,
+            concurrency=config.data.read_cpus,
+            prefetch=config.data.prefetch_batches,
+        )
+        trainer.fit(checked(closing.enter_context(stream), quarantine, seen), start, hooks)

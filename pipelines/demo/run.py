@@ -1,0 +1,168 @@
+"""The whole demo: shards, autoencoder, latent diffusion, pictures, judgement, report.
+
+    make demo                                     the same, with the set-up before it
+    python pipelines/demo/run.py --out out/demo.json
+
+Each stage is a command of its own; this runs them one after the other in one process, and prints what to type for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from infra.errors import BadRequest, main_exit
+
+MODELS = ("autoencoder-demo", "ldm-demo")
+EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++", "--processes", "2"]
+
+
+class Stages:
+    """Announces the stages of the demo and times them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, command: str, work: Any) -> Any:
+        print(f"\n── {name}\n   {command}", flush=True)
+        began = time.perf_counter()
+        result = work()
+        self.seconds[name] = round(time.perf_counter() - began, 1)
+        return result
+
+
+def forget_earlier(root: Path) -> None:
+    """Remove what earlier demos left under the run root, registered models included; nothing else is touched."""
+    import shutil
+
+    from mlflow.exceptions import MlflowException
+
+    from infra.mlflow_store import open_client
+
+    for folder in (root / "data" / "digits-32", *(root / name for name in MODELS)):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not (root / "mlflow.db").exists():
+        return
+    client = open_client(f"sqlite:///{root / 'mlflow.db'}")
+    for name in MODELS:
+        try:
+            client.delete_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+
+
+def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
+    """Run all stages; returns the figures and writes them to `out`."""
+    from infra.storage import run_root
+    from infra.tracking import metric_history
+    from pipelines.training.config import load_config
+    from pipelines.training.launch import demo_url, draw_demo, train
+
+    began = time.perf_counter()
+    root, stages = run_root(), Stages()
+    forget_earlier(root)
+    if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
+        raise BadRequest(f"the demo removes and draws its own data and models: leave out {', '.join(theirs)}")
+    autoencoder = load_config("autoencoder_demo", overrides)
+    diffusion = load_config("ldm_demo", overrides)
+    stages.run(
+        "shards",
+        f"python pipelines/prepare_shards.py {demo_url(32)} --demo digits --size 32",
+        lambda: draw_demo(diffusion, overwrite=True),
+    )
+    ae = stages.run("autoencoder", "python pipelines/train_autoencoder.py", lambda: train(autoencoder))
+    ldm = stages.run("latent diffusion", "python pipelines/train_ldm.py", lambda: train(diffusion))
+    folder = out.parent / "demo"
+    folder.mkdir(parents=True, exist_ok=True)
+    history = {
+        title: [
+            {"step": row["step"], "loss": row.get("loss"), "validation_loss": row.get("val_loss")}
+            for row in metric_history(summary["tracking_uri"], summary["mlflow_run_id"], ["loss", "val_loss"])
+        ]
+        for title, summary in (("Latent diffusion", ldm), ("Autoencoder", ae))
+    }
+    (folder / "history.json").write_text(json.dumps(history))
+    facts = {
+        "data_wait_share": ldm["figures"]["data_wait_share"],
+        "seconds_by_part": stages.seconds,
+        "export_folder": ldm["export"],
+        "model_uri": ldm["model_uri"],
+        "mlflow_run": ldm["mlflow_run_id"],
+        "tracking_uri": ldm["tracking_uri"],
+        "autoencoder": ae["model_uri"],
+        "training_samples": ldm["samples"],
+        "index_digest": ldm["index_digest"],
+    }
+    (folder / "facts.json").write_text(json.dumps(facts))
+    command = [ldm["model_uri"], "--count", str(count), *EVALUATION]
+    figures = stages.run(
+        "pictures and judgement",
+        f"python pipelines/evaluate.py {' '.join(command)}",
+        lambda: evaluate(command, folder),
+    )
+    summary = {
+        "seconds": time.perf_counter() - began,
+        **{key: figures[key] for key in FIGURES},
+        "data_wait_share": ldm["figures"]["data_wait_share"],
+        "grid": figures["grid"],
+        "report": figures["report"],
+        "model_uri": ldm["model_uri"],
+        "mlflow_run_id": ldm["mlflow_run_id"],
+        "tracking_uri": ldm["tracking_uri"],
+        "seconds_by_part": stages.seconds,
+        "training": {"autoencoder": ae["figures"], "latent diffusion": ldm["figures"]},
+    }
+    out.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+FIGURES = (
+    "consistency",
+    "consistency_real",
+    "consistency_ratio",
+    "consistency_shuffled",
+    "coverage",
+    "coverage_real",
+    "coverage_ratio",
+    "seconds_per_100",
+)
+
+
+def evaluate(command: list[str], folder: Path) -> dict[str, Any]:
+    """`evaluate.py` with these arguments, its grid and report in `folder`."""
+    from pipelines.evaluation import argument_parser, evaluate_model
+
+    files = ["--report", f"{folder}/report.html", "--grid", f"{folder}/grid.png"]
+    files += ["--facts", f"{folder}/facts.json", "--history", f"{folder}/history.json"]
+    return evaluate_model(argument_parser().parse_args([*command, *files]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/demo.json"), help="figures as JSON [out/demo.json]")
+    parser.add_argument("--count", type=int, default=1000, help="pictures that are judged, a multiple of 20 [1000]")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for both trainings")
+    arguments = parser.parse_args()
+    arguments.out = arguments.out.absolute()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    summary = run_demo(arguments.out, arguments.overrides, arguments.count)
+    print(
+        f"\n── done in {summary['seconds']:.0f} s\n"
+        f"   pictures   {summary['grid']}\n"
+        f"   report     {summary['report']}\n"
+        f"   model      {summary['model_uri']}\n"
+        f"   MLflow     run {summary['mlflow_run_id']}: mlflow ui --backend-store-uri {summary['tracking_uri']}\n"
+        f"   figures    {arguments.out}\n"
+        f'   draw more  python pipelines/generate.py --model {summary["model_uri"]} "a blue 3 on yellow paper"'
+    )
+
+
+if __name__ == "__main__":
+    main_exit(main)

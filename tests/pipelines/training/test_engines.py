@@ -1,0 +1,124 @@
+"""DeepSpeed at every ZeRO stage trains as plain torch does: the same losses, the same skipped steps."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipelines.training.deepspeed_engine import DeepSpeedEngine
+from tests.genmodels import tiny
+from tests.pipelines.training.small import make_trainer, rank_batch, train_steps, training_config
+from tests.processes import on_ranks
+
+pytestmark = pytest.mark.slow
+STEPS = 20
+ENGINES = [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+def _train(rank: int, world_size: int, objective: str, inputs: Path) -> dict[str, Any]:
+    """Twenty steps with each engine, one after the other in one pair of processes."""
+    results = {}
+    for kind, stage in ENGINES:
+        config = training_config(kind, stage, world_size)
+        trainer = make_trainer(objective, config, inputs, rank)
+        logged = train_steps(trainer, 0, STEPS, rank, world_size, inputs)
+        sharded = {
+            name: state.engine.partitioned_elements()
+            for name, state in trainer.networks.items()
+            if isinstance(state.engine, DeepSpeedEngine)
+        }
+        whole = {
+            name: sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in module.parameters())
+            for name, module in trainer.objective.networks.items()
+        }
+        results[kind, stage] = {"logged": logged, "sharded": sharded, "whole": whole}
+    return results
+
+
+@pytest.mark.parametrize("objective", ["latent diffusion", "two networks"])
+def test_every_zero_stage_follows_plain_torch(objective: str, inputs: Path) -> None:
+    on_rank = on_ranks(2, _train, objective, inputs)
+    reference = on_rank[0]["torch", 0]["logged"]
+    assert len(reference) == STEPS
+    assert reference[-1]["loss"] != pytest.approx(reference[0]["loss"], rel=1e-3), (
+        "nothing was learnt: compares nothing"
+    )
+    for kind, stage in ENGINES[1:]:
+        for step, (expected, found) in enumerate(zip(reference, on_rank[0][kind, stage]["logged"], strict=True)):
+            for name in ("loss", "generator_loss", "grad_norm"):
+                assert found.get(name) == pytest.approx(expected.get(name), abs=1e-5), (kind, stage, step, name)
+    # Stage 3 keeps a half of every parameter on each rank, rounded up.
+    for result in (rank["deepspeed", 3] for rank in on_rank):
+        for name, total in result["whole"].items():
+            assert total / 2 <= result["sharded"][name] < 0.55 * total
+
+
+def _train_with_a_bad_step(rank: int, world_size: int, kind: str, stage: int, inputs: Path) -> dict[str, Any]:
+    config = training_config(kind, stage, world_size, run__max_skipped_steps=3)
+    trainer = make_trainer("latent diffusion", config, inputs, rank)
+    train_steps(trainer, 0, 2, rank, world_size, inputs)
+    fragments = trainer.networks["denoiser"].engine.fragments()
+    before = [fragment.values["param"].clone() for fragment in fragments]
+    moments = [fragment.values["exp_avg"].clone() for fragment in fragments]
+    bad = rank_batch(2, rank, world_size, inputs)
+    if rank == 1:
+        bad["weight"][0] = math.inf  # one sample of the first micro-batch, on one rank only
+    trainer.step(2, bad)
+    after = trainer.networks["denoiser"].engine.fragments()
+    same = all(torch.equal(a, b.values["param"]) for a, b in zip(before, after, strict=True))
+    same_moments = all(torch.equal(a, b.values["exp_avg"]) for a, b in zip(moments, after, strict=True))
+    skipped = trainer.skipped_in_a_row["denoiser"]
+    trainer.log.read()
+    good = train_steps(trainer, 3, 5, rank, world_size, inputs)
+    return {
+        "same": same and same_moments,
+        "skipped": skipped,
+        "then": trainer.skipped_in_a_row["denoiser"],
+        "good": good,
+    }
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("torch", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 3)])
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_all(kind: str, stage: int, inputs: Path) -> None:
+    for result in on_ranks(2, _train_with_a_bad_step, kind, stage, inputs):
+        assert result["same"] and result["skipped"] == 1
+        assert result["then"] == 0 and all(math.isfinite(entry["loss"]) for entry in result["good"])
+
+
+def _validate_with_averages(rank: int, world_size: int, inputs: Path) -> dict[str, Any]:
+    """Averages are used inside, and the training weights are back afterwards, to the bit."""
+    results = {}
+    for kind, stage in ENGINES:
+        trainer = make_trainer("latent diffusion", training_config(kind, stage, world_size), inputs, rank)
+        train_steps(trainer, 0, 3, rank, world_size, inputs)
+        plain = trainer.validate([rank_batch(9, rank, world_size, inputs)], 3)["val_loss"]
+        for state in trainer.networks.values():
+            for value in state.ema.values:
+                value.zero_()
+        zeroed = trainer.validate([rank_batch(9, rank, world_size, inputs)], 3)["val_loss"]
+        logged = train_steps(trainer, 3, 5, rank, world_size, inputs)
+        results[kind, stage] = (plain, zeroed, logged[-1]["loss"])
+    return results
+
+
+def test_validation_uses_the_averages_and_leaves_the_training_alone(inputs: Path) -> None:
+    results = on_ranks(2, _validate_with_averages, inputs)[0]
+    undisturbed = on_ranks(2, _train_five, inputs)[0]
+    for engine, (plain, zeroed, later) in results.items():
+        assert plain == pytest.approx(results["torch", 0][0], abs=1e-5), engine
+        assert abs(zeroed - plain) > 1e-3, engine
+        assert later == pytest.approx(undisturbed, abs=1e-5), engine
+
+
+def _train_five(rank: int, world_size: int, inputs: Path) -> float:
+    trainer = make_trainer("latent diffusion", training_config("torch", 0, world_size), inputs, rank)
+    return train_steps(trainer, 0, 5, rank, world_size, inputs)[-1]["loss"]

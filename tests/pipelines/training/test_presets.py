@@ -1,0 +1,84 @@
+"""Every demo preset takes one step: its networks are built, its loss is finite, its weights move."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from genmodels.families import build_objective
+from genmodels.text import tokenizer
+from pipelines.data.batch import RankBatch
+from pipelines.training.config import PRESETS, TrainConfig, load_config
+from pipelines.training.trainer import Trainer
+from tests.genmodels.tiny import CAPTIONS
+
+DEMO_PRESETS = sorted(path.stem for path in PRESETS.glob("*_demo.yaml"))
+BATCH = 4
+
+
+def small_batches(preset: str) -> TrainConfig:
+    smaller = [f"data.global_batch_size={BATCH}", "data.micro_batch=2", "workers.count=1", "engine.kind=torch"]
+    return load_config(preset, smaller)
+
+
+def inputs_of(config: TrainConfig, folder: Path) -> Path:
+    """What the run would collect first: an untrained autoencoder in place of the trained one, and a tokenizer."""
+    objective: Any = config.objective
+    first = getattr(objective, "autoencoder", None)
+    if first is not None:
+        build_objective(load_config(first.removeprefix("preset:"), []).objective).export(folder / "autoencoder")
+    if getattr(objective, "conditional", False):
+        text = objective.text_encoder
+        tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, text.vocab_size, text.length), folder / "tokenizer")
+    return folder
+
+
+def random_batch(config: TrainConfig, inputs: Path) -> RankBatch:
+    size = config.objective.image_size
+    captions = [CAPTIONS[i % len(CAPTIONS)] for i in range(BATCH)]
+    batch: RankBatch = {
+        "images": torch.randint(0, 256, (BATCH, 3, size, size), generator=torch.Generator().manual_seed(0)).byte(),
+        "weight": torch.ones(BATCH),
+        "seeds": torch.arange(BATCH),
+        "keys": [f"00000.tar/{i}" for i in range(BATCH)],
+        "captions": captions,
+        "reasons": [""] * BATCH,
+        "step": 0,
+    }
+    if (inputs / "tokenizer").is_dir():
+        batch["token_ids"] = tokenizer.encode(tokenizer.load(inputs / "tokenizer"), captions)
+    return batch
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", DEMO_PRESETS)
+def test_every_demo_preset_takes_one_step(preset, tmp_path):
+    config = small_batches(preset)
+    inputs = inputs_of(config, tmp_path)
+    torch.manual_seed(0)
+    objective = build_objective(config.objective, inputs)
+    trainer = Trainer(config, objective, torch.device("cpu"))
+    before = {name: [p.detach().clone() for p in net.parameters()] for name, net in objective.networks.items()}
+    frozen = [p.detach().clone() for network in objective.frozen.values() for p in network.parameters()]
+    trainer.step(0, random_batch(config, inputs))
+
+    logged = trainer.log.read()
+    assert 0 < logged["loss"] < 100 and "skipped_steps" not in logged
+    assert 0 < trainer.last["grad_norm"] < float("inf")
+    assert trainer.last["learning_rate"] == pytest.approx(
+        config.optimizer.learning_rate / max(config.optimizer.warmup_steps, 1)
+    )
+    for phase in objective.phases:
+        if phase.runs_at(0):
+            after = objective.networks[phase.network].parameters()
+            moved = [not torch.equal(old, new) for old, new in zip(before[phase.network], after, strict=True)]
+            assert sum(moved) > 0.9 * len(moved)
+    now = [p for network in objective.frozen.values() for p in network.parameters()]
+    assert all(torch.equal(old, new) for old, new in zip(frozen, now, strict=True))
+
+
+def test_there_are_demo_presets():
+    assert {"autoencoder_demo", "ldm_demo"} <= set(DEMO_PRESETS)

@@ -2,8 +2,7 @@
 
     python pipelines/index_shards.py s3://bucket/laion
 
-Every shard is read once; after an interruption the same command goes on where it was. The index is kept beside the
-shards, or under --index-root where they cannot be written.
+A shard is read once, also when this was interrupted. The index is kept beside the shards, or under --index-root.
 """
 
 import argparse

@@ -184,9 +184,7 @@ def _warn_of_damage(damage: dict[str, str]) -> None:
         print(f"warning: and {len(damage) - 20} more damaged shards, listed in the index", file=sys.stderr)
 
 
-def scan_to_sidecar(
-    location: Location, root: str, name: str, chunk_samples: int, rescan: bool = False
-) -> ShardFacts:
+def scan_to_sidecar(location: Location, root: str, name: str, chunk_samples: int, rescan: bool = False) -> ShardFacts:
     """Scan one shard and write its sidecar, unless it has one already; `rescan` reads it in any case."""
     shard, sidecar = f"{location.folder}/{name}", f"{root}/{sidecar_name(name, chunk_samples)}"
     scan = None if rescan else _earlier_scan(shard, sidecar)
@@ -197,7 +195,7 @@ def scan_to_sidecar(
 
 
 def _earlier_scan(shard: str, sidecar: str) -> ShardScan | None:
-    """The sidecar, where it is newer than the shard and says the same size: indexing goes on where it was interrupted."""
+    """The sidecar where it is newer than the shard and gives the same size: what an interrupted indexing had done."""
     try:
         scan = ShardScan.from_json(read_bytes(sidecar))
     except (FileNotFoundError, ValueError):

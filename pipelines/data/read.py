@@ -42,6 +42,11 @@ class ReadChunk:
     samples: list[TarSample]
     reason: str = ""
 
+    def members(self, place: int) -> dict[str, bytes]:
+        """The members of a sample, by suffix."""
+        parts = self.samples[place].members
+        return {name: self.data[part.data : part.data + part.size] for name, part in parts.items()}
+
 
 def _parse(data: bytes, flaws: dict[str, str], first: int, count: int) -> ReadChunk:
     try:
@@ -60,7 +65,7 @@ def _text(error: BaseException) -> str:
 
 
 def _sidecars(index: DatasetIndex, shards: set[int], failed: dict[int, str]) -> dict[int, ShardScan]:
-    """The sidecars of shards; why one could not be fetched goes to `failed`. Raises DataFailure where one is damaged."""
+    """Sidecars by shard; why one could not be fetched goes to `failed`. Raises DataFailure where one is damaged."""
     with ThreadPoolExecutor(_READS_AT_ONCE) as threads:  # one that isn't in memory yet is a request of its own
         loading = {shard: threads.submit(index.sidecar, shard) for shard in shards}
     found = {}
@@ -160,7 +165,7 @@ def build_batch(
             sample = source.samples[within]
             key, reason = sample.key, sample.flaw
         if not reason:
-            members = {name: source.data[part.data : part.data + part.size] for name, part in sample.members.items()}
+            members = source.members(within)
             place = (place_x[row], place_y[row]) if spec.crop == "random" else (0.5, 0.5)
             encoded, reason = spec.choose_image(members)
             try:

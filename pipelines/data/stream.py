@@ -198,6 +198,9 @@ class BatchStream(Iterator[RankBatch]):
             item = self._present.batches.get()
             if isinstance(item, _Failure):
                 self.close()
+                cause = getattr(item.error, "cause", None)
+                if isinstance(cause, BaseException):  # Ray wraps what a read task raised in an error of its own kind
+                    raise cause from item.error
                 raise item.error
             if item is None:
                 self._present = self._next or self._start_segment()

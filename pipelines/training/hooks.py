@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from genmodels.objective import Mean
 from infra import storage
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
 from pipelines.data.index import DatasetIndex
-from pipelines.data.quarantine import Quarantine
+from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.data.stream import fixed_batches
 from pipelines.pictures import grid_png
@@ -30,7 +31,11 @@ _PROGRESS_SECONDS = 0.3
 
 
 class RunHooks:
-    """Called after every step, on every rank; only rank 0 has a `logger`. What is collective happens on all ranks."""
+    """Called after every step, on every rank; only rank 0 has a `logger`. What is collective happens on all ranks.
+
+    `bad_samples` is the count over all ranks and restarts at the checkpoint that the run goes on from, and `facts` is
+    what else goes into the next ones.
+    """
 
     def __init__(
         self,
@@ -42,10 +47,14 @@ class RunHooks:
         logger: RunLogger | None,
         board: Any,
         facts: dict[str, Any],
+        quarantine: Quarantine,
+        bad_samples: int = 0,
+        audit: Audit | None = None,
     ) -> None:
         self.config, self.folder, self.spec = config, folder, spec
         self.train_index, self.validation_index = train_index, validation_index
         self.logger, self.board, self.facts = logger, board, facts
+        self.quarantine, self.bad_samples, self.audit = quarantine, bad_samples, audit
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.shown: dict[str, Any] = {}
@@ -60,7 +69,7 @@ class RunHooks:
             self._log(trainer, step)
         if self.validation_index is not None and run.validation_samples and (last or step % run.validate_every == 0):
             self._show(step, force=True, doing="validating")
-            self._report(step, trainer.validate(self._validation_batches(), step))
+            self._validate(trainer, step)
         figures: dict[str, float] = {}
         if last:
             self._show(step, force=True, doing="measuring")
@@ -74,7 +83,13 @@ class RunHooks:
         self._show(step, force=last)
 
     def _log(self, trainer: Trainer, step: int) -> None:
+        bad, read = self.quarantine.take()
+        trainer.log.add(
+            {"bad_share": Mean(*torch.tensor([bad, read], device=trainer.device))}
+        )  # summed with the others
         metrics = trainer.log.read()
+        self.bad_samples += round(metrics.pop("bad_share", 0.0) * read * self.world_size)
+        metrics["bad_samples"] = float(self.bad_samples)
         samples_per_second, wait_share = trainer.throughput.window()
         metrics |= trainer.last
         metrics |= {
@@ -88,6 +103,26 @@ class RunHooks:
             used = flop_utilisation(samples_per_second / self.world_size, trainer.objective.flops_per_sample(), peak)
             metrics |= {} if used is None else {"flop_utilisation": used}
         self._report(step, metrics)
+        samples = step * self.config.data.global_batch_size
+        if self.quarantine.too_many(self.bad_samples, samples):  # the counts are the same on all ranks
+            raise self._data_failure(f"{self.bad_samples} of the {samples} samples read so far")
+
+    def _data_failure(self, counts: str) -> DataFailure:
+        """The error that names a bad sample, whichever rank met it. Collective."""
+        met: list[Any] = [None] * self.world_size
+        dist.all_gather_object(met, self.quarantine.last)
+        return self.quarantine.failure(counts, next(filter(None, met), None))
+
+    def _validate(self, trainer: Trainer, step: int) -> None:
+        if self._validation is None:
+            count = self.config.run.validation_samples
+            self._validation = self._fixed_batches(
+                "held_out", count, self.config.rank_micro_batch, self.rank, self.world_size
+            )
+        metrics = trainer.validate(self._validation, step)
+        if "val_loss" not in metrics:  # nothing was counted, on any rank
+            raise self._data_failure("all held-out samples of the validation")
+        self._report(step, metrics)
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         self.shown |= metrics
@@ -99,28 +134,29 @@ class RunHooks:
             self._shown_at = time.monotonic()
             self.board.progress.remote({**self.shown, "step": step, "doing": doing})
 
-    def _validation_batches(self) -> list[RankBatch]:
-        if self._validation is None:
-            assert self.validation_index is not None
-            size = self.config.rank_micro_batch
-            self._validation = fixed_batches(
-                self.validation_index, self.spec, self.config.run.validation_samples, size, self.rank, self.world_size
-            )
-        return self._validation
+    def _fixed_batches(
+        self, split: str, count: int, batch_size: int, rank: int = 0, world_size: int = 1
+    ) -> list[RankBatch]:
+        """`fixed_batches` of a split; bad samples are recorded, by rank 0 alone where all ranks read the same."""
+        index = self.train_index if split == "train" else self.validation_index
+        assert index is not None
+        batches = fixed_batches(index, self.spec, count, batch_size, rank, world_size)
+        if self.rank == rank:
+            for batch in batches:
+                self.quarantine.record(batch["keys"], batch["reasons"], split=split)
+        return batches
 
     def _finish_batches(self) -> Iterator[RankBatch]:
         """The same training samples on every rank, so that what is measured from them is the same."""
-        yield from fixed_batches(
-            self.train_index, self.spec, self.config.run.finish_samples, self.config.rank_micro_batch
-        )
+        yield from self._fixed_batches("train", self.config.run.finish_samples, self.config.rank_micro_batch)
 
     def _preview(self, trainer: Trainer, step: int) -> None:
         sharded = any(self.config.engine_of(name).zero_stage == 3 for name in trainer.networks)
         if self.rank > 0 and not sharded:
             with trainer.with_ema():  # the averages are gathered by all
                 return
-        source = self.validation_index or self.train_index
-        batch = fixed_batches(source, self.spec, self.config.run.preview_samples, self.config.run.preview_samples)[0]
+        split = "train" if self.validation_index is None else "held_out"
+        batch = self._fixed_batches(split, self.config.run.preview_samples, self.config.run.preview_samples)[0]
         preview = trainer.preview(batch, step)
         if preview is not None and self.logger is not None:
             pixels = (
@@ -132,13 +168,16 @@ class RunHooks:
         self._show(step, force=True, doing="saving")
         if self.logger is not None:
             self.logger.flush()  # a run resumed from here does not log these steps again
-        facts = {**self.facts, "finished": last}
+        if self.audit is not None:
+            self.audit.write()
+        facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last}
         if last:
             throughput = trainer.throughput
             facts["figures"] = finite(
                 {
                     **{name: value for name, value in self.shown.items() if isinstance(value, float)},
                     **figures,
+                    "bad_samples": self.bad_samples,
                     "data_wait_share": throughput.wait_share,
                     "samples_per_second": throughput.samples / max(throughput.seconds, 1e-9),
                     "training_seconds": throughput.seconds,
@@ -152,7 +191,7 @@ class RunHooks:
 def checked(
     batches: Iterator[RankBatch], quarantine: Quarantine, seen: Callable[[RankBatch], None]
 ) -> Iterator[RankBatch]:
-    """The same batches, each one counted: too many bad samples stop the run here."""
+    """The same batches, each one counted and its bad samples recorded; a hopeless case stops the run here."""
     for batch in batches:
         seen(batch)
         quarantine.add(batch["keys"], batch["reasons"], batch["step"])
@@ -163,15 +202,14 @@ def checked(
 class Audit:
     """Writes what each rank was given, as JSON lines: step, key, seed, weight and a hash of the pixels.
 
-    One file for each rank and start, so nothing is overwritten by a restart; a step that was done again is there
-    twice, with equal lines.
+    Each `write`, at a checkpoint and at the end, is a file of its own: all steps before a checkpoint are there however
+    the run ends, and a restart overwrites nothing. A step that was done again may be there twice, with equal lines.
     """
 
     def __init__(self, folder: RunFolder, rank: int, start: int) -> None:
-        self.url = folder.path(
-            "audit", f"from-{start:08d}-rank-{rank:04d}-{socket.gethostname()}-{time.time_ns()}.jsonl"
-        )
+        self.url = folder.path("audit", f"from-{start:08d}-rank-{rank:04d}-{socket.gethostname()}-{time.time_ns()}")
         self.lines: list[str] = []
+        self.written = 0
 
     def record(self, batch: RankBatch) -> None:
         for row, key in enumerate(batch["keys"]):
@@ -189,7 +227,10 @@ class Audit:
             )
 
     def write(self) -> None:
-        storage.write_bytes(self.url, ("\n".join(self.lines) + "\n").encode())
+        """Write what was recorded since the last time."""
+        if self.lines:
+            storage.write_bytes(f"{self.url}-{self.written:06d}.jsonl", ("\n".join(self.lines) + "\n").encode())
+            self.lines, self.written = [], self.written + 1
 
 
 def training_device(use_gpu: bool) -> torch.device:

@@ -118,12 +118,24 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         if rank == 0:
             made = RunLogger(job["tracking_uri"], job["mlflow_run_id"], config.tracking.system_metrics)
             logger = closing.enter_context(made)
-        quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share)
-        hooks = RunHooks(config, folder, spec, train_index, validation_index, logger, job["board"], facts)
         audit = None
         if config.run.audit:
             audit = Audit(folder, rank, start)
             closing.callback(audit.write)
+        quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share, train_index.chunk_samples)
+        hooks = RunHooks(
+            config,
+            folder,
+            spec,
+            train_index,
+            validation_index,
+            logger,
+            job["board"],
+            facts,
+            quarantine,
+            bad_samples=checkpoint.manifest["bad_samples"] if checkpoint is not None else 0,
+            audit=audit,
+        )
 
         def seen(batch: RankBatch) -> None:
             position.batch = batch

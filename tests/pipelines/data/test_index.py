@@ -3,15 +3,17 @@
 import hashlib
 import io
 import json
+import os
 import tarfile
 import zlib
+from functools import partial
 
 import pytest
 import webdataset
 
 from infra.errors import BadRequest
-from pipelines.data.index import load_index
-from pipelines.data.scan import scan_file
+from pipelines.data.index import build_index, load_index, scan_here
+from pipelines.data.scan import scan_file, scan_shard
 from pipelines.data.tar import split_name
 from tests.pipelines.data.shards import encode, numbered_image, pairs, write_shards, write_tar
 
@@ -40,10 +42,6 @@ def test_equal_samples_give_equal_bytes_and_digest(tmp_path):
 
 
 def test_two_chunk_sizes_live_beside_each_other(tmp_path):
-    from functools import partial
-
-    from pipelines.data.index import build_index, scan_here
-
     index = write_shards(tmp_path, 20, 10)
     other = build_index(f"{tmp_path}/0000?.tar", partial(scan_here, progress=False), chunk_samples=3)
     assert len(other.sidecar(0).chunks) == 4 and len(index.sidecar(0).chunks) == 1
@@ -95,6 +93,37 @@ def test_a_folder_that_cannot_be_written_keeps_its_index_elsewhere(tmp_path, mon
     assert index.samples == 4 and sorted(p.name for p in shards.iterdir()) == ["a.tar"]
     assert index.sidecar(0).samples == 4
     assert load_index(str(shards), index_root=str(tmp_path / "run"), build=False).digest == index.digest
+
+
+def test_an_interrupted_indexing_goes_on_where_it_was(tmp_path, monkeypatch):
+    for name in "abcde":
+        write_tar(tmp_path / f"{name}.tar", pairs(3, first=ord(name)))
+    scanned, lost = [], ["c"]
+
+    def scan(url, chunk_samples):
+        scanned.append(url[-5])
+        if url.endswith("c.tar") and lost:
+            lost.clear()
+            raise ConnectionResetError(url)
+        return scan_shard(url, chunk_samples)
+
+    monkeypatch.setattr("pipelines.data.index.scan_shard", scan)
+    with pytest.raises(ConnectionResetError):
+        load_index(str(tmp_path), progress=False)
+    write_tar(tmp_path / "a.tar", pairs(3))  # of the same size, but newer than its sidecar
+    (tmp_path / "b.tar.index.json").write_bytes(b'{"version": 1')
+    index = load_index(str(tmp_path), progress=False)
+    assert scanned == [*"abc", *"abcde"]
+    scanned.clear()
+    build = partial(build_index, str(tmp_path))
+    assert build(partial(scan_here, progress=False)).digest == index.digest and not scanned
+    with (tmp_path / "d.tar").open("ab") as file:  # another size, and a date that is older than the sidecar
+        file.write(b"\0" * 512)
+    os.utime(tmp_path / "d.tar", (1, 1))
+    assert build(partial(scan_here, progress=False)).digest != index.digest and scanned == ["d"]
+    scanned.clear()
+    build(partial(scan_here, progress=False, rescan=True))
+    assert scanned == [*"abcde"]
 
 
 @pytest.mark.parametrize(

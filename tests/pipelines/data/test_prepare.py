@@ -12,7 +12,14 @@ import pytest
 from infra.errors import BadRequest
 from pipelines.data.index import load_index
 from pipelines.data.order import DataOrder
-from pipelines.data.prepare import folder_samples, is_held_out, table_samples, write_samples
+from pipelines.data.prepare import (
+    digits_complete,
+    folder_samples,
+    is_held_out,
+    table_samples,
+    write_digits,
+    write_samples,
+)
 from pipelines.data.read import read_steps
 from pipelines.data.spec import SampleSpec
 from pipelines.data.write import ShardWriter
@@ -98,6 +105,32 @@ def test_the_demo_writes_both_splits(tmp_path):
     assert done.returncode == 0, done.stderr
     assert load_index(f"{tmp_path}/train").samples == 1500
     assert len(contents(tmp_path / "held_out")) == 297
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_an_interrupted_drawing_is_not_complete_and_is_drawn_again(tmp_path, monkeypatch, split):
+    stop_at = None
+
+    def draw(which, size, repeats):
+        for number in range(5):
+            if which == stop_at and number == 3:
+                raise KeyboardInterrupt
+            yield f"{number}", numbered_image(number, size), "a caption", {}
+
+    monkeypatch.setattr("pipelines.demo.digits.draw_split", draw)
+    out = str(tmp_path / "digits")
+    assert not digits_complete(out)
+    stop_at = split
+    with pytest.raises(KeyboardInterrupt):
+        write_digits(out, 8, 1, 2, overwrite=False)
+    assert (tmp_path / "digits" / split / "00000.tar").exists() and not digits_complete(out)
+    stop_at = None
+    write_digits(out, 8, 1, 2, overwrite=True)
+    assert digits_complete(out) and load_index(f"{out}/{split}", build=False).samples == 5
+    stop_at = split  # and an interrupted replacement is not the old one
+    with pytest.raises(KeyboardInterrupt):
+        write_digits(out, 8, 1, 2, overwrite=True)
+    assert not digits_complete(out)
 
 
 @pytest.mark.slow

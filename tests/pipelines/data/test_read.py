@@ -5,17 +5,20 @@ import json
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from botocore.exceptions import EndpointConnectionError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import pipelines.data.read as read
 from pipelines.data.fixed import fixed_batches
-from pipelines.data.index import load_index
+from pipelines.data.index import DatasetIndex, load_index
 from pipelines.data.order import DataOrder
+from pipelines.data.quarantine import DataFailure
 from pipelines.data.spec import SampleSpec
 from tests.pipelines.data.shards import encode, numbered_image, pairs, write_shards, write_tar
 
@@ -80,31 +83,78 @@ def test_altered_bytes_are_quarantined_by_checksum_and_the_rest_is_read(tmp_path
     )
 
 
-def test_a_read_that_fails_is_tried_again(tmp_path, monkeypatch):
+class Flaky:
+    """A filesystem whose first `broken` range reads lose one chunk's connection and cut another chunk short."""
+
+    def __init__(self, broken):
+        self.broken, self.calls, self.real = broken, [], read.open_filesystem
+
+    def __call__(self, url):
+        self.filesystem, path = self.real(url)
+        return self, path
+
+    def cat_ranges(self, paths, starts, ends, **options):
+        self.calls.append(len(paths))
+        self.lost, self.cut = starts[:2] if len(self.calls) == 1 else (self.lost, self.cut)
+        answers = self.filesystem.cat_ranges(paths, starts, ends, **options)
+        if len(self.calls) > self.broken:
+            return answers
+        return [
+            ConnectionResetError("connection reset")
+            if start == self.lost
+            else answer[: -7 * (start == self.cut) or None]
+            for start, answer in zip(starts, answers)
+        ]
+
+
+def test_an_outage_is_waited_out_and_altered_bytes_are_read_three_times(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "_BACKOFF_SECONDS", 0.001)
     index = write_shards(tmp_path, samples=20, per_shard=20, chunk_samples=5)
-    real = read.open_filesystem
-    calls = []
-
-    class Flaky:
-        def __init__(self, filesystem, broken):
-            self.filesystem, self.broken = filesystem, broken
-
-        def cat_ranges(self, paths, starts, ends, **options):
-            calls.append(len(paths))
-            answers = self.filesystem.cat_ranges(paths, starts, ends, **options)
-            kinds = [OSError("connection reset"), answers[0][:-7]]
-            return kinds + answers[2:] if len(calls) < self.broken else answers
-
-    monkeypatch.setattr(read, "open_filesystem", lambda url: (Flaky(real(url)[0], 3), real(url)[1]))
     wanted = [(0, chunk) for chunk in range(4)]
+    short = Flaky(2)
+    monkeypatch.setattr(read, "open_filesystem", short)
     assert not any(chunk.reason for chunk in read.read_chunks(index, wanted).values())
-    assert calls == [4, 2, 2]
-    calls.clear()
-    monkeypatch.setattr(read, "open_filesystem", lambda url: (Flaky(real(url)[0], 99), real(url)[1]))
+    assert short.calls == [4, 2, 2]
+
+    long = Flaky(6)
+    long.real = short.real
+    monkeypatch.setattr(read, "open_filesystem", long)
     chunks = read.read_chunks(index, wanted)
-    assert chunks[0, 0].reason == "read: connection reset" and chunks[0, 1].reason.startswith("checksum")
-    assert not chunks[0, 2].reason
+    assert long.calls == [4, 2, 2, 1, 1, 1, 1]
+    assert [chunks[chunk_id].reason[:8] for chunk_id in wanted] == ["", "checksum", "", ""]
+
+
+@pytest.mark.parametrize("lost", ["00000.tar", "00000.tar.index.json"])
+def test_what_cannot_be_read_is_an_error_and_no_bad_sample(tmp_path, monkeypatch, lost):
+    monkeypatch.setattr(read, "_BACKOFF_SECONDS", 0.001)
+    monkeypatch.setattr(read, "_OUTAGE_SECONDS", 0.02)
+    index = write_shards(tmp_path, samples=80, per_shard=40)
+    (tmp_path / lost).unlink()
+    assert read.read_chunks(index, [(1, 0)])[1, 0].samples
+    begin = time.monotonic()
+    with pytest.raises(OSError, match=r"shard .*/00000\.tar could not be read for 0\.02 s: "):
+        read.read_chunks(index, [(1, 1), (0, 1)])
+    assert 0.02 <= time.monotonic() - begin < 2
+
+
+def test_errors_of_the_object_storage_client_are_outages_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(read, "_OUTAGE_SECONDS", 0)
+    index = write_shards(tmp_path, samples=4, per_shard=4)
+
+    def unreachable(self, shard):
+        raise EndpointConnectionError(endpoint_url="http://127.0.0.1:9")
+
+    monkeypatch.setattr(DatasetIndex, "sidecar", unreachable)
+    with pytest.raises(OSError, match="sidecar: Could not connect to the endpoint"):
+        read.read_chunks(index, [(0, 0)])
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"[1]", b'{"version": 1, "colour": "red"}'])
+def test_a_damaged_sidecar_stops_the_run_and_says_what_to_do(tmp_path, damage):
+    index = write_shards(tmp_path, samples=4, per_shard=4)
+    (tmp_path / "00000.tar.index.json").write_bytes(damage)
+    with pytest.raises(DataFailure, match=r"sidecar of shard .*00000\.tar: .*run pipelines/index_shards\.py again"):
+        read.read_chunks(index, [(0, 0)])
 
 
 NOISE = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)

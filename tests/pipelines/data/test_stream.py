@@ -9,6 +9,7 @@ import pytest
 import pipelines.data.stream as stream
 from pipelines.data.batch import to_batch
 from pipelines.data.order import DataOrder
+from pipelines.data.quarantine import DataFailure
 from pipelines.data.read import read_steps
 from pipelines.data.spec import SampleSpec
 from tests.pipelines.data.shards import write_shards
@@ -91,3 +92,14 @@ def test_an_error_in_a_read_task_reaches_the_consumer(order):
     batches = stream.training_batches(order=order, spec=broken, rank=0, world_size=1, start_step=0, end_step=9)
     with pytest.raises(Exception, match=r"(?i)token|missing|json"):
         list(batches)
+
+
+def test_a_failure_in_a_read_task_keeps_its_type_and_message(tmp_path):
+    index = write_shards(tmp_path, samples=8, per_shard=8)
+    (tmp_path / "00000.tar.index.json").write_bytes(b"{}")
+    batches = stream.training_batches(
+        order=DataOrder(index, 0, 1, 8, 8), spec=SampleSpec(8), rank=0, world_size=1, start_step=0, end_step=2
+    )
+    with pytest.raises(DataFailure, match=r"^the sidecar of shard .*00000\.tar") as caught:
+        list(batches)
+    assert type(caught.value) is DataFailure

@@ -151,9 +151,10 @@ def audit(folder: RunFolder, first: int = 0, last: int = STEPS) -> list[dict[str
 
 
 def audit_starts(folder: RunFolder) -> list[int]:
-    """The steps at which workers began that lived to write their audit."""
+    """The steps at which workers began that lived to write some of their audit."""
     filesystem, path = storage.open_filesystem(folder.path("audit"))
-    return sorted(int(name.rpartition("/from-")[2][:8]) for name in filesystem.glob(f"{path}/*.jsonl"))
+    starts = {name.rpartition("-")[0] for name in filesystem.glob(f"{path}/*.jsonl")}  # without the files' numbers
+    return sorted(int(name.rpartition("/from-")[2][:8]) for name in starts)
 
 
 def newest(folder: RunFolder) -> Checkpoint:
@@ -161,22 +162,24 @@ def newest(folder: RunFolder) -> Checkpoint:
     return list_checkpoints(folder.checkpoints)[0]
 
 
-def end_state(folder: RunFolder) -> dict[str, torch.Tensor]:
+def end_state(folder: RunFolder) -> dict[str, Any]:
     """Weights, both moments, averages, the objective's own state and the position in the newest checkpoint."""
     checkpoint = newest(folder)
-    state = {f"objective|{key}": value for key, value in checkpoint.objective_state().items()}
+    state: dict[str, Any] = {f"objective|{key}": value for key, value in checkpoint.objective_state().items()}
     for what in ("param", *MOMENTS, "ema"):
         for network, tensors in assemble(checkpoint, what).items():
             state |= {f"{network}|{what}|{name}": tensor for name, tensor in tensors.items()}
     for network, described in checkpoint.manifest["networks"].items():
-        state[f"{network}|optimizer_steps"] = torch.tensor(described["optimizer_steps"])
-    for key in ("step", "slots", "skipped_in_a_row"):
-        state[key] = torch.tensor(checkpoint.manifest[key])
-    return state
+        state[f"{network}|optimizer_steps"] = described["optimizer_steps"]
+    return state | {key: checkpoint.manifest[key] for key in ("step", "slots", "skipped_in_a_row")}
 
 
-def assert_same_bits(state: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    """Every tensor of two end states is there in both and equal bit by bit."""
+def assert_same_bits(state: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Every entry of two end states is there in both; tensors are equal bit by bit."""
+
+    def same(one: Any, other: Any) -> bool:
+        return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+
     assert state.keys() == expected.keys()
-    different = [key for key in expected if not torch.equal(state[key], expected[key])]
+    different = [key for key in expected if not same(state[key], expected[key])]
     assert not different, f"{len(different)} of {len(expected)} differ, first {different[0]}"

@@ -99,7 +99,7 @@ def refusal(ends) -> Refusal:
         (["data.url=/x/{00..10}.tar", "data.demo=null"], ["braces are not expanded"]),
         (["workers.count=3"], ["workers.count=3 does not divide data.lanes=4", "[1, 2, 4]"]),
         (["data.global_batch_size=30"], ["data.global_batch_size=30", "data.lanes=4"]),
-        (["data.micro_batch=5"], ["data.micro_batch=5", "32"]),
+        (["data.micro_batch=5", "data.global_batch_size=64", "workers.count=2"], ["data.micro_batch=5", "32"]),
         (["workers.count=2", "workers.local_cpus=2"], ["need 4 CPUs", "Ray has 2", "workers.local_cpus"]),
         (["run.name="], ["run.name: "]),
         (["run.name=.."], ["run.name: '..'"]),
@@ -178,9 +178,9 @@ def test_a_run_that_began_shows_what_changed(refusal, shards, environment):
     (environment / "refused" / "inputs").mkdir()
     (environment / "refused" / "inputs" / "complete").touch()
     line = refusal(
-        *_data(shards), "data.global_batch_size=32", "run.steps=3", preset="autoencoder_demo", kind="autoencoder"
+        *_data(shards), "data.global_batch_size=48", "run.steps=3", preset="autoencoder_demo", kind="autoencoder"
     )
-    assert "data.global_batch_size: 64 → 32" in line and "run.name=ANOTHER_NAME" in line
+    assert f"data.global_batch_size: {config.data.global_batch_size} → 48" in line and "run.name=ANOTHER_NAME" in line
     assert "run.steps" not in line
     assert folder.config() == config, "the run keeps the configuration that it began with"
 
@@ -256,7 +256,7 @@ def test_more_workers_than_the_machine_is_told_to_have(environment):
 
 def test_overrides_alone_change_the_default_preset(ends, shards, tmp_path):
     summary = tmp_path / "new" / "folder" / "summary.json"
-    overrides = [*_data(shards), "objective.autoencoder=null", "data.global_batch_size=4"]
+    overrides = [*_data(shards), "objective.autoencoder=null", "data.global_batch_size=4", "run.steps=550"]
     code, out, _ = ends(*overrides, "--dry-run", "--summary", summary)
     assert code == 0
     facts = json.loads(summary.read_text())

@@ -36,11 +36,26 @@ def refused(*assignments: str, preset: str = "ldm_demo") -> str:
     return message
 
 
+# What presets for data of one's own leave to be given.
+GIVEN = {
+    "autoencoder_256": ["data.url=s3://bucket/shards"],
+    "ldm_256": ["data.url=s3://bucket/shards", "objective.text_encoder.path=clip"],
+}
+
+
 @pytest.mark.parametrize("preset", PRESET_NAMES)
 def test_every_preset_loads_and_survives_json(preset):
-    config = load_config(preset, [])
+    given = GIVEN.get(preset, [])
+    config = load_config(preset, given)
     assert TrainConfig.model_validate_json(config.model_dump_json()) == config
-    assert config == load_config(str(PRESETS / f"{preset}.yaml"), []) == load_config(f"{preset}.yaml", [])
+    assert config == load_config(str(PRESETS / f"{preset}.yaml"), given) == load_config(f"{preset}.yaml", given)
+
+
+@pytest.mark.parametrize("preset", GIVEN)
+def test_a_preset_says_what_is_left_to_give(preset):
+    message = refused(preset=preset)
+    for assignment in GIVEN[preset]:
+        assert f"{assignment.partition('=')[0]} is missing" in message
 
 
 def test_the_demo_presets_are_there():
@@ -234,7 +249,7 @@ def test_what_leaves_the_run_the_same_may_change(assignment):
 
 @pytest.mark.parametrize(
     "assignment",
-    ["data.url=/elsewhere", "data.global_batch_size=32", "data.lanes=8", "run.seed=1", "ema.decay=0.5",
+    ["data.url=/elsewhere", "data.global_batch_size=48", "data.lanes=8", "run.seed=1", "ema.decay=0.5",
      "precision.compute=bf16", "objective.prediction_type=epsilon", "optimizer.weight_decay=0", "run.init_from=/x"],
 )  # fmt: skip
 def test_what_makes_another_run_may_not_change(assignment):

@@ -41,7 +41,7 @@ def test_training_resume_and_export_on_s3(
     seen = Counter(entry["key"] for entry in small_run.audit(folder))
     assert len(seen) == small_run.SAMPLES and set(seen.values()) == {1}
 
-    again = train(f"run.steps={epoch + 2}", preset=preset)
+    again = train(f"run.steps={epoch + 2}", "workers.count=1", preset=preset)
     assert (again["outcome"], again["resumed_from"], again["steps"]) == ("trained", epoch, epoch + 2)
     assert train(f"run.steps={epoch + 2}", preset=preset)["outcome"] == "already finished"
 

@@ -33,9 +33,9 @@ class Head:
     address: str
     environment: dict[str, str] = field(repr=False)
 
-    def submit(self, sources: Path, job: str, *arguments: str) -> str:
+    def submit(self, sources: Path, job: str) -> str:
         """Submit the training as a job, wait for its end, and return its status and log as one text."""
-        entry = ["python", "pipelines/train_ldm.py", "small.yaml", *arguments]
+        entry = ["python", "pipelines/train_ldm.py", "small.yaml"]
         submitted = ["job", "submit", "--address", self.address, "--submission-id", job, "--working-dir", str(sources)]
         self.ray(*submitted, "--", *entry)
         status = self.ray("job", "status", job, "--address", self.address)
@@ -123,7 +123,7 @@ def test_the_project_is_not_installed() -> None:
     assert "No module named 'genmodels'" in asked.stderr
 
 
-def test_a_job_trains_and_a_later_one_resumes(head: Head, sources: Path, run_root: Path) -> None:
+def test_a_job_trains_and_a_later_one_finds_it_finished(head: Head, sources: Path, run_root: Path) -> None:
     folder = RunFolder(str(run_root / "job"))
     first = head.submit(sources, "first")
     assert "Job 'first' succeeded" in first
@@ -133,11 +133,6 @@ def test_a_job_trains_and_a_later_one_resumes(head: Head, sources: Path, run_roo
     # Another content of the sources gives the next job another working directory.
     with (sources / "pipelines" / "train_ldm.py").open("a") as source:
         source.write("# edited\n")
-    longer = head.submit(sources, "longer", f"run.steps={STEPS + 2}")
-    assert "Job 'longer' succeeded" in longer
-    assert f"resumes from step {STEPS} of {STEPS + 2}" in longer
-    assert [step for step, _ in small_run.metric(folder, "loss")] == [*range(1, STEPS + 3)]
-
-    again = head.submit(sources, "again", f"run.steps={STEPS + 2}")
+    again = head.submit(sources, "again")
     assert "Job 'again' succeeded" in again
-    assert f"run 'job' is finished: {STEPS + 2} steps" in again
+    assert f"run 'job' is finished: {STEPS} steps" in again

@@ -11,5 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a Ray job runs f
 from infra.errors import main_exit
 from pipelines.evaluation import argument_parser, evaluate_model
 
+
+def main() -> None:
+    evaluate_model(argument_parser(__doc__ or "").parse_args())
+
+
 if __name__ == "__main__":
-    main_exit(lambda: evaluate_model(argument_parser(__doc__ or "").parse_args()))
+    main_exit(main)

@@ -33,6 +33,7 @@ def connect(config: TrainConfig) -> None:
             ray.init(
                 address="local",
                 num_cpus=local_cpus(config),
+                _node_ip_address="127.0.0.1",  # a Ray of our own is nobody else's: its ports stay on this machine
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,

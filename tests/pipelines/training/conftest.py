@@ -49,7 +49,14 @@ def local_ray(run_root: Path, s3: dict[str, str]) -> Iterator[None]:
         patch.delenv("RAY_ADDRESS", raising=False)
         for key, value in (small_run.environment(run_root) | s3).items():
             patch.setenv(key, value)
-        ray.init(address="local", num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address="local",
+            num_cpus=8,
+            _node_ip_address="127.0.0.1",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     yield
     ray.shutdown()
 

@@ -100,7 +100,6 @@ def test_overwriting_leaves_nothing_of_the_old(tmp_path):
 
 
 def test_the_demo_writes_both_splits(tmp_path):
-    pytest.importorskip("sklearn")
     done = run(ROOT / "pipelines/prepare_shards.py", tmp_path, "--demo", "digits", "--size", 16, "--repeats", 1)
     assert done.returncode == 0, done.stderr
     assert load_index(f"{tmp_path}/train").samples == 1500

@@ -8,16 +8,19 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from genmodels.autoencoder.objective import Autoencoder, AutoencoderConfig
+from genmodels.clip.config import ClipConfig
+from genmodels.clip.objective import Clip
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.objective import LatentDiffusion
 from genmodels.objective import Objective
 
 OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
     "autoencoder": (AutoencoderConfig, Autoencoder),
+    "clip": (ClipConfig, Clip),
     "latent_diffusion": (LatentDiffusionConfig, LatentDiffusion),
 }
 
-ObjectiveConfig = Annotated[AutoencoderConfig | LatentDiffusionConfig, Field(discriminator="kind")]
+ObjectiveConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
 
 
 def build_objective(config: Any, inputs: Path | None = None) -> Objective:

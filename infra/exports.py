@@ -9,10 +9,12 @@ from pathlib import Path
 
 
 def export_kind(folder: str | os.PathLike[str]) -> str | None:
-    """What an export folder holds: "text_to_image", "autoencoder", or None where it is no export."""
+    """What an export folder holds: "text_to_image", "autoencoder", "clip", or None where it is no export."""
     folder = Path(folder)
     if (folder / "model_index.json").is_file() or (folder / "genmodels.json").is_file():
         return "text_to_image"
+    if (folder / "clip.json").is_file():
+        return "clip"
     if (folder / "config.json").is_file():
         text = (folder / "config.json").read_text()
         if json.loads(text).get("_class_name") == "AutoencoderKL":

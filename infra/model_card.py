@@ -56,6 +56,18 @@ def _opening(name: str, layout: str) -> list[str]:
             "autoencoder = AutoencoderKL.from_pretrained(folder)",
         ]
         return ["`artifacts/` of this model is a diffusers folder:", "", "```python", *openers, "```"]
+    if layout == "CLIP":
+        return [
+            "`artifacts/` of this model is a folder whose `text_encoder/` and `tokenizer/` open in transformers:",
+            "",
+            "```python",
+            "from transformers import CLIPTextModel, CLIPTokenizer",
+            'text_encoder = CLIPTextModel.from_pretrained(f"{folder}/text_encoder")',
+            'tokenizer = CLIPTokenizer.from_pretrained(f"{folder}/tokenizer")',
+            "```",
+            "",
+            f"Latent diffusion reads its captions with it: `objective.text_encoder.path=models:/{name}/VERSION`.",
+        ]
     lines = [
         "```python",
         "import mlflow, pandas",

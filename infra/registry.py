@@ -43,10 +43,15 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame | 
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
+    from mlflow.types.schema import Array
 
     png = ColSpec("binary", "png")
     if kind == "autoencoder":
         return ModelSignature(inputs=Schema([png]), outputs=Schema([png])), None
+    if kind == "clip":
+        texts = Schema([ColSpec("string", "text")])
+        example = pd.DataFrame({"text": ["a red seven on a white background"]})
+        return ModelSignature(inputs=texts, outputs=Schema([ColSpec(Array("double"), "embedding")])), example
     conditional = (folder / "tokenizer").is_dir()
     columns: list[ColSpec | TensorSpec] = [
         ColSpec("long", "seed", required=not conditional),
@@ -92,7 +97,9 @@ def register_export(
 
     kind = export_kind(folder)
     if kind is None:
-        raise BadRequest(f"{folder}: no export to register (no model_index.json, genmodels.json or autoencoder config)")
+        raise BadRequest(
+            f"{folder}: no export to register (no model_index.json, genmodels.json, clip.json or autoencoder config)"
+        )
     if not re.fullmatch(r"[^/:@']+", name):
         raise BadRequest(f"model name {name!r}: may not be empty, nor hold any of / : @ '")
     uri = tracking_uri(uri)
@@ -201,7 +208,7 @@ def resolve_model(reference: str | os.PathLike[str], uri: str | None = None) -> 
 def _checked(folder: Path, reference: str) -> Path:
     if export_kind(folder) is None:
         raise BadRequest(
-            f"{reference}: holds no model (no model_index.json, genmodels.json or autoencoder config); "
+            f"{reference}: holds no model (no model_index.json, genmodels.json, clip.json or autoencoder config); "
             "give an export folder, a run folder or models:/NAME/VERSION"
         )
     return folder

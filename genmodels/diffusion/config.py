@@ -53,6 +53,9 @@ class LatentDiffusionConfig(Section):
     prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the U-Net predicts")
     noise_schedule: ScheduleName = Field("scaled_linear", description="linear, scaled_linear or cosine")
     train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule")
+    timestep_bias: float = Field(
+        1.0, gt=0, description="training timesteps have a density of t^(bias-1): 1 is uniform, more favours noise"
+    )
     condition_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for classifier-free guidance"
     )

@@ -92,7 +92,8 @@ class LatentDiffusion(Objective):
 
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of w ‖prediction − target‖², w = 0 for quarantined samples."""
-        timesteps = random.integers(batch["seeds"], self.config.train_timesteps, "timesteps")
+        position = random.uniform(batch["seeds"], (), "timesteps") ** (1 / self.config.timestep_bias)
+        timesteps = (position * self.config.train_timesteps).long().clamp_(max=self.config.train_timesteps - 1)
         per_sample = self._errors(batch, self.latents(batch), timesteps, self.condition(batch, dropout=True))
         # The mean is over slots, not over Σw: it weighs a sample the same at every world size.
         loss = (batch["weight"] * per_sample).mean()
@@ -256,8 +257,7 @@ def build_denoiser(
         text_encoder = build_text_encoder(config.text_encoder, tokenizer)
         width = config.text_encoder.width
     elif isinstance(config.text_encoder, PretrainedTextEncoder):
-        path = Path(config.text_encoder.path)
-        width = pretrained_width(path) if frozen_text is None else frozen_text.config.hidden_size
+        width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     return ConditionalDenoiser(build_unet(config.unet, channels, size, width), text_encoder)
 
 

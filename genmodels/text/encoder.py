@@ -35,7 +35,11 @@ class PretrainedTextEncoder(Section):
     """A pretrained CLIP text model, frozen."""
 
     kind: Literal["pretrained"] = "pretrained"
-    path: str = Field(description="folder or hub name that holds a CLIPTextModel and its tokenizer (safetensors)")
+    path: str = Field(
+        description="folder or hub name of a CLIPTextModel and its tokenizer (safetensors), models:/NAME of a CLIP "
+        "trained here, or preset:NAME to train that first"
+    )
+    width: int = Field(768, gt=0, description="its features per token, for estimates while it is not at hand")
 
 
 class NoTextEncoder(Section):
@@ -94,10 +98,10 @@ def fetch_pretrained(path: str, folder: Path) -> None:
     save_tokenizer(tokenizer, folder / "tokenizer")
 
 
-def pretrained_width(folder: Path | None) -> int:
-    """Features per token of the text model in `folder`; CLIP ViT-L's 768 where it is not at hand yet."""
-    config = None if folder is None else folder / "config.json"
-    if config is None or not config.is_file():
-        return 768
-    content = json.loads(config.read_text())
+def pretrained_width(config: PretrainedTextEncoder) -> int:
+    """Features per token of a pretrained text model: from its folder, or what the config says while there is none."""
+    file = Path(config.path) / "config.json"
+    if not file.is_file():
+        return config.width
+    content = json.loads(file.read_text())
     return int(content.get("text_config", content)["hidden_size"])

@@ -90,4 +90,6 @@ def _layout(config: TrainConfig) -> str:
 
         layout = export_layout(config.objective)
         return f"{layout} (diffusers opens it)" if layout != "own" else "our own: only generate.py opens it"
+    if config.objective.kind == "clip":
+        return "CLIP (transformers opens its text encoder)"
     return "AutoencoderKL (diffusers opens it)"

@@ -46,7 +46,10 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         if config.run.init_from is not None:
             shutil.copytree(_resolve("run.init_from", config.run.init_from, config), local / "init")
         text = getattr(objective, "text_encoder", None)
-        if isinstance(text, PretrainedTextEncoder):
+        trained_here = None  # a reference to a text encoder that was, or is first, trained by this project
+        if isinstance(text, PretrainedTextEncoder) and text.path.startswith(("models:", "preset:")):
+            trained_here = text.path
+        elif isinstance(text, PretrainedTextEncoder):
             try:
                 fetch_pretrained(text.path, local)
             except (OSError, ValueError) as error:
@@ -61,7 +64,9 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
                 spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
                 captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
                 save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
-        # The last, since it may have to be trained first: what is wrong with the others is then already known.
+        # The last, since they may have to be trained first: what is wrong with the others is then already known.
+        if trained_here is not None:
+            fetch_pretrained(str(_resolve("objective.text_encoder.path", trained_here, config)), local)
         autoencoder = getattr(objective, "autoencoder", None)
         if autoencoder is not None:
             source = _resolve("objective.autoencoder", autoencoder, config)

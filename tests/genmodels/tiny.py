@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from genmodels.autoencoder.objective import AutoencoderConfig
+from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import build_objective
 from genmodels.objective import Batch
@@ -26,6 +27,12 @@ def autoencoder_config(**changes: Any) -> AutoencoderConfig:
 def diffusion_config(**changes: Any) -> LatentDiffusionConfig:
     settings = {"image_size": 16, "autoencoder": "given", "unet": UNET, "text_encoder": TEXT, **changes}
     return LatentDiffusionConfig.model_validate(settings)
+
+
+def clip_config(**changes: Any) -> ClipConfig:
+    image_encoder = {"channels": [8, 16], "norm_groups": 4}
+    settings = {"image_size": 16, "image_encoder": image_encoder, "text_encoder": TEXT, "embedding_dim": 8, **changes}
+    return ClipConfig.model_validate(settings)
 
 
 def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:

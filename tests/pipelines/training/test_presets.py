@@ -10,6 +10,7 @@ import torch
 
 from genmodels.families import build_objective
 from genmodels.text import tokenizer
+from genmodels.text.encoder import fetch_pretrained
 from pipelines.data.batch import RankBatch
 from pipelines.training.config import PRESETS, TrainConfig, load_config
 from pipelines.training.trainer import Trainer
@@ -20,18 +21,23 @@ BATCH = 4
 
 
 def small_batches(preset: str) -> TrainConfig:
-    smaller = [f"data.global_batch_size={BATCH}", "data.micro_batch=2", "workers.count=1", "engine.kind=torch"]
-    return load_config(preset, smaller)
+    smaller = [f"data.global_batch_size={BATCH}", "workers.count=1", "engine.kind=torch"]
+    accumulated = [] if preset == "clip_demo" else ["data.micro_batch=2"]  # its loss couples the samples of a batch
+    return load_config(preset, [*smaller, *accumulated])
 
 
 def inputs_of(config: TrainConfig, folder: Path) -> Path:
-    """What the run would collect first: an untrained autoencoder in place of the trained one, and a tokenizer."""
+    """What the run would collect first, untrained: an autoencoder, a text encoder, and a tokenizer."""
     objective: Any = config.objective
     first = getattr(objective, "autoencoder", None)
     if first is not None:
         build_objective(load_config(first.removeprefix("preset:"), []).objective).export(folder / "autoencoder")
-    if getattr(objective, "conditional", False):
-        text = objective.text_encoder
+    text = getattr(objective, "text_encoder", None)
+    if text is not None and text.kind == "pretrained":
+        first = load_config(text.path.removeprefix("preset:"), [])
+        build_objective(first.objective, inputs_of(first, folder / "clip")).export(folder / "clip")
+        fetch_pretrained(str(folder / "clip"), folder)
+    elif text is not None and text.kind == "trained":
         tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, text.vocab_size, text.length), folder / "tokenizer")
     return folder
 
@@ -81,4 +87,4 @@ def test_every_demo_preset_takes_one_step(preset, tmp_path):
 
 
 def test_there_are_demo_presets():
-    assert {"autoencoder_demo", "ldm_demo"} <= set(DEMO_PRESETS)
+    assert {"autoencoder_demo", "clip_demo", "ldm_demo"} <= set(DEMO_PRESETS)

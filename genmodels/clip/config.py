@@ -1,0 +1,50 @@
+"""What a pair of contrastively trained encoders is made of."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from genmodels.config import Section
+from genmodels.text.encoder import TrainedTextEncoder
+
+
+class ConvolutionalImageEncoder(Section):
+    """Convolutions of stride 2, then one linear layer over what is left: for small images."""
+
+    kind: Literal["convolutional"] = "convolutional"
+    channels: list[int] = Field([32, 64, 128], min_length=1, description="features after each halving of the image")
+    norm_groups: int = Field(8, gt=0, description="groups of the normalisation; divides every entry of channels")
+
+    @model_validator(mode="after")
+    def _groups_divide(self) -> ConvolutionalImageEncoder:
+        for channels in self.channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+        return self
+
+
+class ClipConfig(Section):
+    """An image and a text encoder with one space of embeddings (Radford et al. 2021)."""
+
+    kind: Literal["clip"] = "clip"
+    image_size: int = Field(224, gt=0, description="height and width in pixels")
+    image_encoder: ConvolutionalImageEncoder = Field(ConvolutionalImageEncoder(), description="the image side")
+    text_encoder: TrainedTextEncoder = Field(TrainedTextEncoder(), description="the text side, kind trained")
+    embedding_dim: int = Field(512, gt=0, description="features of the shared embeddings")
+    temperature: float = Field(0.07, gt=0, description="of the softmax at the start; it is learnt, and at least 0.01")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether captions are read: always."""
+        return True
+
+    @model_validator(mode="after")
+    def _size_divides(self) -> ClipConfig:
+        factor = 2 ** len(self.image_encoder.channels)
+        if self.image_size % factor:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of {factor} (from image_encoder.channels)"
+            )
+        return self

@@ -1,0 +1,193 @@
+"""Contrastive training of an image and a text encoder.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021), figure 3. The
+softmax runs over the global batch: embeddings are gathered from all ranks, so the loss is the same at every world size.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from genmodels.clip.config import ClipConfig
+from genmodels.clip.network import Embeddings, build_pair
+from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.text.tokenizer import encode
+from genmodels.text.tokenizer import load as load_tokenizer
+from genmodels.text.tokenizer import save as save_tokenizer
+from genmodels.weights import forward_flops, load_into
+
+FACTS = "clip.json"  # marks the export, and says what `open_pair` builds
+_ENCODERS = "encoders.safetensors"  # all but the text encoder, which has a folder of its own
+
+
+class Clip(Objective):
+    """One network ("clip"), one phase; nothing in it is random."""
+
+    def __init__(self, config: ClipConfig, tokenizer: CLIPTokenizer | None = None) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.clip = build_pair(config, tokenizer)
+        self.networks: dict[str, nn.Module] = {"clip": self.clip}
+        self.frozen: dict[str, nn.Module] = {}
+        self.phases = [Phase("clip", self.loss, couples_samples=True)]
+
+    @staticmethod
+    def from_config(config: ClipConfig, inputs: Path | None = None) -> Clip:
+        """Build from a configuration; `inputs` holds `tokenizer/`.
+
+        Raises:
+            ValueError: there is no tokenizer, or it does not fit.
+        """
+        if inputs is None:
+            raise ValueError("this configuration needs tokenizer/ among its inputs")
+        return Clip(config, load_tokenizer(inputs / "tokenizer"))
+
+    @staticmethod
+    def abstract_networks(config: ClipConfig) -> dict[str, nn.Module]:
+        """The trained network on the meta device, to count parameters."""
+        with torch.device("meta"):
+            return {"clip": build_pair(config)}
+
+    def loss(self, batch: Batch) -> PhaseLoss:
+        """The mean over all slots of the global batch, quarantined ones counting 0."""
+        whole, weight, mine = gather(self.clip(batch["images"], batch["token_ids"]), batch["weight"])
+        per_sample = contrastive_loss(whole, weight)
+        # Every rank computes the whole loss, but differentiates its own embeddings alone; the engine takes the mean
+        # over ranks, and the sum is what is wanted.
+        loss = _world_size() * (weight * per_sample).mean()
+        return PhaseLoss(loss, self._metrics(whole, weight, per_sample, mine))
+
+    def validate(self, batch: Batch) -> dict[str, Mean]:
+        """The loss, and how often the right caption (recall_image) or image (recall_text) is the nearest."""
+        whole, weight, mine = gather(self.clip(batch["images"], batch["token_ids"]), batch["weight"])
+        return self._metrics(whole, weight, contrastive_loss(whole, weight), mine)
+
+    def preview(self, batch: Batch) -> Preview:
+        """The images, each with the nearest of their captions."""
+        found = self.clip(batch["images"], batch["token_ids"])
+        nearest = (found.images @ found.texts.T).argmax(1).tolist()
+        return Preview(batch["images"], [batch["captions"][number] for number in nearest])
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Unit vectors of sentences, float32 (len(texts), embedding_dim). Raises ValueError without a tokenizer."""
+        if self.tokenizer is None:
+            raise ValueError("embedding texts needs the tokenizer")
+        return self.clip.embed_texts(encode(self.tokenizer, texts))
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write `text_encoder/` (a CLIPTextModel) and `tokenizer/`, which latent diffusion takes as its text encoder,
+        and the rest for `open_pair`."""
+        self.clip.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder / "tokenizer")
+        save_file(self._without_text_encoder(), folder / _ENCODERS)
+        (folder / FACTS).write_text(json.dumps(self.config.model_dump(), indent=2) + "\n")
+        return {"layout": "CLIP", "parameters": {"clip": sum(p.numel() for p in self.clip.parameters())}}
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from an export.
+
+        Raises:
+            ValueError: a part is missing or has other shapes.
+        """
+        if not (folder / _ENCODERS).is_file():
+            raise ValueError(f"init_from: {folder} is no export of a CLIP (no {_ENCODERS} there)")
+        load_into(self.clip.text_encoder, folder / "text_encoder")
+        own, given = self._without_text_encoder(), load_file(folder / _ENCODERS)
+        wrong = sorted(
+            key
+            for key in own.keys() | given.keys()
+            if key not in own or key not in given or own[key].shape != given[key].shape
+        )
+        if wrong:
+            raise ValueError(f"init_from: the weights in {folder} do not fit this config: {', '.join(wrong[:3])}")
+        self.clip.load_state_dict(given, strict=False)
+
+    def flops_per_sample(self) -> float:
+        """Of both encoders' forward pass."""
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float:
+        size, length = self.config.image_size, self.config.text_encoder.length
+        return forward_flops(
+            lambda: build_pair(self.config), ((1, 3, size, size), torch.float32), ((1, length), torch.int64)
+        )
+
+    def _without_text_encoder(self) -> dict[str, Tensor]:
+        state = self.clip.state_dict()
+        return {key: value.contiguous() for key, value in state.items() if not key.startswith("text_encoder.")}
+
+    def _metrics(self, whole: Embeddings, weight: Tensor, per_sample: Tensor, mine: slice) -> dict[str, Mean]:
+        with torch.no_grad():
+            similarity = _masked(whole.images @ whole.texts.T, weight)
+            target = torch.arange(len(weight), device=weight.device)
+            recalls = {"recall_image": similarity.argmax(1) == target, "recall_text": similarity.argmax(0) == target}
+        values = {"loss": per_sample, **recalls}
+        return {name: Mean.of(value[mine], weight[mine]) for name, value in values.items()}
+
+
+def contrastive_loss(embeddings: Embeddings, weight: Tensor) -> Tensor:
+    """Each pair's loss (batch,): the mean of the cross-entropies of image to text and text to image.
+
+    Args:
+        embeddings: of the whole batch.
+        weight: (batch,), 0 for pairs that are nobody's negatives.
+    """
+    logits = _masked(embeddings.scale * embeddings.images @ embeddings.texts.T, weight)
+    target = torch.arange(len(weight), device=weight.device)
+    cross_entropy = nn.functional.cross_entropy
+    by_image = cross_entropy(logits, target, reduction="none")
+    return (by_image + cross_entropy(logits.T, target, reduction="none")) / 2
+
+
+def gather(own: Embeddings, weight: Tensor) -> tuple[Embeddings, Tensor, slice]:
+    """Embeddings and weights of all ranks in order of rank, and where this rank's are; only these have a gradient.
+
+    The scale is a parameter of every rank, so its gradient is divided among them. Collective; all ranks hold equally
+    many.
+    """
+    count, world_size = len(weight), _world_size()
+    if world_size == 1:
+        return own, weight, slice(0, count)
+    rank = dist.get_rank()
+    mine = slice(rank * count, (rank + 1) * count)
+
+    def whole(value: Tensor) -> Tensor:
+        parts = [torch.empty_like(value) for _ in range(world_size)]
+        dist.all_gather(parts, value.detach().contiguous())
+        parts[rank] = value
+        return torch.cat(parts)
+
+    scale = own.scale.detach() + (own.scale - own.scale.detach()) / world_size
+    return Embeddings(whole(own.images), whole(own.texts), scale), whole(weight), mine
+
+
+def open_pair(folder: Path) -> Clip:
+    """The encoders of an export, with its tokenizer, in evaluation mode."""
+    config = ClipConfig.model_validate_json((folder / FACTS).read_text())
+    clip = Clip(config, load_tokenizer(folder / "tokenizer"))
+    clip.load_weights(folder)
+    clip.clip.eval()
+    return clip
+
+
+def _masked(similarity: Tensor, weight: Tensor) -> Tensor:
+    """Similarities (batch, batch) with the pairs of weight 0 taken out of everyone's comparison but their own."""
+    out = weight == 0
+    own = torch.eye(len(weight), dtype=torch.bool, device=weight.device)
+    return similarity.masked_fill((out[:, None] | out[None, :]) & ~own, -torch.inf)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1

@@ -27,6 +27,7 @@ __all__ = ["BatchStream", "RankBatch", "SampleSpec", "fixed_batches", "training_
 
 _TASK_SAMPLES = 256  # a read task costs about 10 ms to start: it should be small beside its work
 _SEGMENT_TASKS = 2000
+_READ_AHEAD_TASKS = 8  # about how many tasks' output may wait for the consumer
 _POLL_SECONDS = 0.2
 
 
@@ -101,9 +102,11 @@ class _Segment(threading.Thread):
 def _dataset(stream: BatchStream, ranges: list[tuple[int, int]]) -> Any:
     """A Dataset of one read task per range of steps."""
     import ray
-    from ray.data import DataContext, ExecutionOptions, ExecutionResources
+    from ray.data import DataContext, ExecutionOptions
     from ray.data.block import BlockMetadata
     from ray.data.datasource import Datasource, ReadTask
+
+    from pipelines.data.ray_execution import limit_to_share  # imports Ray Data
 
     order, spec, rank, world_size, shared = stream.order, stream.spec, stream.rank, stream.world_size, stream.shared
     size = order.rank_batch_size(world_size)
@@ -128,11 +131,9 @@ def _dataset(stream: BatchStream, ranges: list[tuple[int, int]]) -> Any:
             return [read_task(first, last) for first, last in ranges]
 
     context = DataContext.get_current().copy()
-    context.execution_options = ExecutionOptions(
-        preserve_order=True,
-        resource_limits=ExecutionResources.for_limits(cpu=stream.concurrency),
-        verbose_progress=False,
-    )
+    context.execution_options = ExecutionOptions(preserve_order=True, verbose_progress=False)
+    steps_a_task = max(last - first for first, last in ranges)
+    limit_to_share(context, stream.concurrency, _READ_AHEAD_TASKS * steps_a_task * batch_bytes)
     context.target_max_block_size = batch_bytes  # so that a batch is passed on at once, not collected to 128 MB
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -1,4 +1,4 @@
-"""The whole demo: shards, autoencoder, latent diffusion, pictures, judgement, report.
+"""The whole demo: shards, autoencoder, text encoder, latent diffusion, pictures, judgement, report.
 
     make demo                                     the same, with the set-up before it
     python pipelines/demo/run.py --out out/demo.json
@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from infra.errors import BadRequest, main_exit
 
-MODELS = ("autoencoder-demo", "ldm-demo")
-EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++", "--processes", "2"]
+MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
+EVALUATION = ["--num-steps", "12", "--guidance-scale", "3.0", "--sampler", "dpm_solver++", "--processes", "2"]
 
 
 class Stages:
@@ -71,6 +71,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
         raise BadRequest(f"the demo removes and draws its own data and models: leave out {', '.join(theirs)}")
     autoencoder = load_config("autoencoder_demo", overrides)
+    encoders = load_config("clip_demo", overrides)
     diffusion = load_config("ldm_demo", overrides)
     stages.run(
         "shards",
@@ -78,6 +79,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         lambda: draw_demo(diffusion, overwrite=True),
     )
     ae = stages.run("autoencoder", "python pipelines/train_autoencoder.py", lambda: train(autoencoder))
+    clip = stages.run("text encoder", "python pipelines/train_clip.py", lambda: train(encoders))
     ldm = stages.run("latent diffusion", "python pipelines/train_ldm.py", lambda: train(diffusion))
     folder = out.parent / "demo"
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +88,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
             {"step": row["step"], "loss": row.get("loss"), "validation_loss": row.get("val_loss")}
             for row in metric_history(summary["tracking_uri"], summary["mlflow_run_id"], ["loss", "val_loss"])
         ]
-        for title, summary in (("Latent diffusion", ldm), ("Autoencoder", ae))
+        for title, summary in (("Latent diffusion", ldm), ("Autoencoder", ae), ("Text encoder", clip))
     }
     (folder / "history.json").write_text(json.dumps(history))
     facts = {
@@ -97,6 +99,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         "mlflow_run": ldm["mlflow_run_id"],
         "tracking_uri": ldm["tracking_uri"],
         "autoencoder": ae["model_uri"],
+        "text_encoder": clip["model_uri"],
         "training_samples": ldm["samples"],
         "index_digest": ldm["index_digest"],
     }
@@ -117,7 +120,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         "mlflow_run_id": ldm["mlflow_run_id"],
         "tracking_uri": ldm["tracking_uri"],
         "seconds_by_part": stages.seconds,
-        "training": {"autoencoder": ae["figures"], "latent diffusion": ldm["figures"]},
+        "training": {"autoencoder": ae["figures"], "text encoder": clip["figures"], "latent diffusion": ldm["figures"]},
     }
     out.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
@@ -148,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo.json"), help="figures as JSON [out/demo.json]")
     parser.add_argument("--count", type=int, default=1000, help="pictures that are judged, a multiple of 20 [1000]")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for both trainings")
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for all three trainings")
     arguments = parser.parse_args()
     arguments.out = arguments.out.absolute()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

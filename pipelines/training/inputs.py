@@ -46,16 +46,11 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         if config.run.init_from is not None:
             shutil.copytree(_resolve("run.init_from", config.run.init_from, config), local / "init")
         text = getattr(objective, "text_encoder", None)
-        trained_here = None  # a reference to a text encoder that was, or is first, trained by this project
+        models: dict[str, str] = {}  # key: reference to a model that this project trained, or trains first
         if isinstance(text, PretrainedTextEncoder) and text.path.startswith(("models:", "preset:")):
-            trained_here = text.path
+            models["objective.text_encoder.path"] = text.path
         elif isinstance(text, PretrainedTextEncoder):
-            try:
-                fetch_pretrained(text.path, local)
-            except (OSError, ValueError) as error:
-                raise BadRequest(
-                    f"objective.text_encoder.path={text.path}: {' '.join(str(error).split())[:300]}"
-                ) from None
+            _fetch_text_encoder(text.path, text.path, local)
         elif isinstance(text, TrainedTextEncoder):
             started_from = local / "init" / "tokenizer"
             if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
@@ -64,30 +59,49 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
                 spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
                 captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
                 save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
-        # The last, since they may have to be trained first: what is wrong with the others is then already known.
-        if trained_here is not None:
-            fetch_pretrained(str(_resolve("objective.text_encoder.path", trained_here, config)), local)
-        autoencoder = getattr(objective, "autoencoder", None)
-        if autoencoder is not None:
-            source = _resolve("objective.autoencoder", autoencoder, config)
-            nested = source / "vae"  # a Stable Diffusion export holds one too
-            shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
+        if getattr(objective, "autoencoder", None) is not None:
+            models["objective.autoencoder"] = objective.autoencoder
+        for key, source in _resolve_all(models, config).items():
+            if key == "objective.autoencoder":
+                nested = source / "vae"  # a Stable Diffusion export holds one too
+                shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
+            else:
+                _fetch_text_encoder(models[key], str(source), local)
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):
             storage.upload_folder(local, folder.inputs)
         storage.write_bytes(folder.path("inputs", "complete"), secrets.token_hex(16).encode())
 
 
-def _resolve(key: str, reference: str, config: TrainConfig) -> Path:
-    """A model by any of its names; "preset:NAME" trains that preset first, where its run is not finished yet."""
-    if reference.startswith("preset:"):
+def _fetch_text_encoder(reference: str, source: str, local: Path) -> None:
+    try:
+        fetch_pretrained(source, local)
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())[:300]
+        raise BadRequest(f"objective.text_encoder.path={reference}: {message}") from None
+
+
+def _resolve_all(references: dict[str, str], config: TrainConfig) -> dict[str, Path]:
+    """Models by key of the configuration. "preset:NAME" trains that preset first, where its run is not finished yet.
+
+    Whatever is wrong with any of them is said before the first is trained.
+    """
+    assignments = [f"run.root={config.run.root}"] if config.run.root else []
+    presets = {
+        key: reference.removeprefix("preset:") for key, reference in references.items() if reference.startswith("preset:")
+    }
+    # The trainings share the Ray that the first one starts, so it has to be large enough for each.
+    room = max(local_cpus(config), *(local_cpus(load_config(preset, assignments)) for preset in presets.values()), 0)
+    found = {key: _resolve(key, references[key], config) for key in references.keys() - presets.keys()}
+    for key, preset in presets.items():
         from pipelines.training.launch import train
 
-        preset = reference.removeprefix("preset:")
-        assignments = [f"run.root={config.run.root}"] if config.run.root else []
-        # Both trainings share the Ray that the first one starts, so it has to be large enough for either.
-        room = max(local_cpus(config), local_cpus(load_config(preset, assignments)))
-        reference = train(load_config(preset, [*assignments, f"workers.local_cpus={room}"]))["export"]
+        export = train(load_config(preset, [*assignments, f"workers.local_cpus={room}"]))["export"]
+        found[key] = _resolve(key, export, config)
+    return found
+
+
+def _resolve(key: str, reference: str, config: TrainConfig) -> Path:
     try:
         return resolve_reference(reference, root_of(config), config.tracking.uri, finished=True)
     except BadRequest as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -43,6 +44,8 @@ def write_summary(path: str | None, summary: dict[str, Any]) -> None:
 
 def main_exit(main: Callable[[], Any]) -> None:
     """Run `main` and leave with the project's exit codes."""
+    # transformers draws a bar for every file that it reads or writes, in the middle of our own.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         main()
     except BadRequest as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import os
 import re
@@ -38,7 +39,16 @@ _DESCRIPTION_LENGTH = 5000  # characters of a version's description that the reg
 DEFAULT_SAMPLING = {"num_steps": 20, "guidance_scale": 2.0, "sampler": "ddim"}
 
 
-def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame | None]:
+def _grey_png() -> bytes:
+    """A picture whose size every autoencoder takes: 64×64."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
     """Signature and input example. Nobody draws the example on registering: it is there to be read."""
     import pandas as pd
     from mlflow.models import ModelSignature
@@ -47,7 +57,7 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame | 
 
     png = ColSpec("binary", "png")
     if kind == "autoencoder":
-        return ModelSignature(inputs=Schema([png]), outputs=Schema([png])), None
+        return ModelSignature(inputs=Schema([png]), outputs=Schema([png])), pd.DataFrame({"png": [_grey_png()]})
     if kind == "clip":
         texts = Schema([ColSpec("string", "text")])
         example = pd.DataFrame({"text": ["a red seven on a white background"]})

@@ -40,6 +40,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
     add("--sampler", default="ddim", choices=["ddpm", "ddim", "dpm_solver++"], help="(default: %(default)s)")
     add("--batch-size", type=int, default=64, help="pictures drawn at once (default: %(default)s)")
+    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the U-Net (default: %(default)s)")
     add(
         "--processes",
         type=int,
@@ -74,10 +75,11 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     facts, history = _read_json(arguments.facts, {}), _read_json(arguments.history, [])
     folder = find_export(arguments.model, arguments.tracking_uri)
     options = {key: getattr(arguments, key) for key in ("num_steps", "guidance_scale", "sampler", "batch_size")}
-    draw, size = _drawing(folder, arguments.processes, options)
+    draw, size = _drawing(folder, arguments.processes, arguments.precision, options)
     evaluation = evaluate_digits(draw, size, arguments.count, arguments.seed)
     _show(evaluation.figures)
 
+    options["precision"] = arguments.precision
     summary = {"model": arguments.model, "export_folder": str(folder), **options, **evaluation.figures}
     if arguments.grid:
         number = min(2 * len(KEPT_OUT), arguments.count)
@@ -92,7 +94,7 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _drawing(folder: Path, processes: int, options: dict[str, Any]) -> tuple[Draw, int]:
+def _drawing(folder: Path, processes: int, precision: str, options: dict[str, Any]) -> tuple[Draw, int]:
     """A function that draws, with a progress bar, and the side of its pictures in pixels."""
     import torch
 
@@ -100,7 +102,7 @@ def _drawing(folder: Path, processes: int, options: dict[str, Any]) -> tuple[Dra
     from pipelines.demo.parallel_draw import draw_in_processes
 
     try:
-        model = TextToImage.from_folder(folder, "cuda" if torch.cuda.is_available() else "cpu")
+        model = TextToImage.from_folder(folder, "cuda" if torch.cuda.is_available() else "cpu", precision)
         if not model.conditional:
             raise BadRequest(f"{folder} was trained without captions, and the digits are asked for by captions")
         # One picture ahead of the clock: a model's first call is slower than all others, and shows a bad option.
@@ -117,7 +119,7 @@ def _drawing(folder: Path, processes: int, options: dict[str, Any]) -> tuple[Dra
                 bar.update(row, completed=int(done))
 
             if processes > 1:
-                return draw_in_processes(folder, prompts, seeds, processes, progress, **options)
+                return draw_in_processes(folder, prompts, seeds, processes, progress, precision, **options)
             return model.draw(prompts, seeds, progress=progress, **options)
 
     return draw, model.image_size

@@ -58,7 +58,7 @@ class _RankExecution(ExecutionCallback):
 
 
 def limit_to_share(context: DataContext, cpus: float, read_ahead_bytes: int) -> None:
-    """Let Datasets of this context run on `cpus` logical CPUs and hold about `read_ahead_bytes` that nobody took yet."""
+    """Let Datasets of this context use `cpus` logical CPUs, and hold about `read_ahead_bytes` that nobody took yet."""
     context.execution_options.resource_limits = ExecutionResources.for_limits(
         cpu=cpus, object_store_memory=read_ahead_bytes
     )

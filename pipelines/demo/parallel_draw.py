@@ -19,6 +19,7 @@ def draw_in_processes(
     seeds: list[int],
     processes: int,
     progress: Callable[[float, int], None] | None = None,
+    precision: str = "fp32",
     **options: Any,
 ) -> np.ndarray:
     """Draw a picture for each prompt and seed from an export folder; uint8 (n, height, width, 3).
@@ -26,6 +27,7 @@ def draw_in_processes(
     Args:
         processes: at least 1. Each loads the model anew and uses one thread.
         progress: called with the number of pictures that are done, and their total.
+        precision: "fp32" or "bf16", of the U-Net.
         options: passed on to `TextToImage.draw` (`num_steps`, `guidance_scale`, `sampler`, `batch_size`).
 
     What a process raises is raised here.
@@ -35,7 +37,7 @@ def draw_in_processes(
     # Not forked: a fork of a process that has run torch's threads can hang at the next parallel region.
     context = multiprocessing.get_context("spawn")
     pictures = []
-    with context.Pool(min(processes, len(jobs)), initializer=_load, initargs=(str(folder),)) as pool:
+    with context.Pool(min(processes, len(jobs)), initializer=_load, initargs=(str(folder), precision)) as pool:
         for drawn in pool.imap(_draw, jobs):
             pictures.append(drawn)
             if progress:
@@ -48,14 +50,14 @@ def draw_in_processes(
 _model: Any = None  # one for each process of the pool
 
 
-def _load(folder: str) -> None:
+def _load(folder: str, precision: str) -> None:
     global _model
     import torch
 
     from genmodels.diffusion.pipeline import TextToImage
 
     torch.set_num_threads(1)
-    _model = TextToImage.from_folder(Path(folder))
+    _model = TextToImage.from_folder(Path(folder), precision=precision)
 
 
 def _draw(job: tuple[list[str], list[int], dict[str, Any]]) -> np.ndarray:

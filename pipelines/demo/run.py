@@ -15,12 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from infra.errors import BadRequest, main_exit
 
 MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
-EVALUATION = ["--num-steps", "12", "--guidance-scale", "3.0", "--sampler", "dpm_solver++", "--processes", "2"]
+EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
+EVALUATION += ["--precision", "bf16", "--processes", "2"]
 
 
 class Stages:
@@ -65,7 +68,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     from pipelines.training.config import load_config
     from pipelines.training.launch import demo_url, draw_demo, train
 
-    began = time.perf_counter()
+    began = psutil.Process().create_time()  # of the command, so that imports count
     root, stages = run_root(), Stages()
     forget_earlier(root)
     if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
@@ -111,7 +114,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         lambda: evaluate(command, folder),
     )
     summary = {
-        "seconds": time.perf_counter() - began,
+        "seconds": time.time() - began,
         **{key: figures[key] for key in FIGURES},
         "data_wait_share": ldm["figures"]["data_wait_share"],
         "grid": figures["grid"],

@@ -88,7 +88,9 @@ def _resolve_all(references: dict[str, str], config: TrainConfig) -> dict[str, P
     """
     assignments = [f"run.root={config.run.root}"] if config.run.root else []
     presets = {
-        key: reference.removeprefix("preset:") for key, reference in references.items() if reference.startswith("preset:")
+        key: reference.removeprefix("preset:")
+        for key, reference in references.items()
+        if reference.startswith("preset:")
     }
     # The trainings share the Ray that the first one starts, so it has to be large enough for each.
     room = max(local_cpus(config), *(local_cpus(load_config(preset, assignments)) for preset in presets.values()), 0)

@@ -185,6 +185,26 @@ def test_an_autoencoder_is_registered_and_reconstructs(root, tmp_path):
     assert Image.open(io.BytesIO(result["png"][0])).size == (8, 8)
 
 
+def test_a_text_encoder_is_registered_and_embeds(root, tmp_path):
+    import mlflow
+    import pandas as pd
+
+    from genmodels.clip.objective import Clip
+    from tests.genmodels import tiny
+
+    tiny.write_inputs(tmp_path)
+    clip = Clip.from_config(tiny.clip_config(), tmp_path)
+    facts = clip.export(tmp_path / "clip")
+    assert export_kind(tmp_path / "clip") == "clip"
+    run_id = tracking.start_run(None, "tests", "clip")
+    reference = registry.register_export(None, run_id, tmp_path / "clip", "clip", facts, "", {})
+    mlflow.set_tracking_uri(tracking.tracking_uri())
+    texts = ["a red seven", "a blue one"]
+    found = mlflow.pyfunc.load_model(reference).predict(pd.DataFrame({"text": texts}))
+    assert list(found.columns) == ["embedding"]
+    np.testing.assert_allclose(np.stack(found["embedding"]), clip.embed_texts(texts).numpy(), atol=1e-6)
+
+
 def test_model_card_tells_figures_and_how_to_open():
     card = model_card("tiny", {**FACTS, "layout": "Stable Diffusion", "resolution": 8})
     assert "| consistency | 0.9 |" in card and "| a\\|b | 1 |" in card

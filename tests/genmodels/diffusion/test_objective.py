@@ -56,6 +56,22 @@ def test_a_sample_of_weight_0_adds_nothing(objective, batch):
     torch.testing.assert_close(total, metrics["loss"].total)
 
 
+def test_biased_timesteps_have_the_density_that_is_documented(inputs, monkeypatch):
+    seen = []
+    objective = build_objective(tiny.diffusion_config(timestep_bias=2.0, autoencoder=None), inputs)
+    monkeypatch.setattr(
+        objective, "_errors", lambda batch, latents, timesteps, condition: seen.append(timesteps) or torch.zeros(4096)
+    )
+    monkeypatch.setattr(objective, "condition", lambda batch, dropout: None)
+    objective.loss({"seeds": torch.arange(4096), "weight": torch.ones(4096), "images": torch.zeros(4096, 1)})
+    (timesteps,) = seen
+    assert timesteps.min() >= 0 and timesteps.max() <= objective.config.train_timesteps - 1
+    for share in (0.25, 0.5, 0.75):  # a density of t up to T: P(t < share·T) = share²
+        assert (timesteps < share * objective.config.train_timesteps).float().mean() == pytest.approx(
+            share**2, abs=0.03
+        )
+
+
 def test_micro_batches_add_up_to_the_whole(objective, batch):
     whole = objective.loss(batch).loss
     parts = [objective.loss(rows(batch, slice(i, i + 2))).loss for i in range(0, 8, 2)]
@@ -179,5 +195,5 @@ def test_missing_inputs_and_misspelt_keys_are_named(tmp_path):
         read({"kind": "latent_diffusion", "imagesize": 32})
     with pytest.raises(ValidationError, match="norm_groups"):
         read({"kind": "latent_diffusion", "unet": {"channels": [20], "attention": [True]}})
-    with pytest.raises(ValidationError, match="'autoencoder', 'latent_diffusion'"):
+    with pytest.raises(ValidationError, match="'autoencoder', 'clip', 'latent_diffusion'"):
         read({"kind": "gan"})

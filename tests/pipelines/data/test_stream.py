@@ -1,12 +1,14 @@
 """Ray Data gives exactly what reading in process gives, wherever it starts and however it is cut."""
 
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import pipelines.data.stream as stream
+from pipelines.data import ray_execution
 from pipelines.data.batch import to_batch
 from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import DataFailure
@@ -73,6 +75,39 @@ def test_two_ranks_share_one_cpu_in_step(order):
     ]
     both = [[*first["keys"], *second["keys"]] for first, second in zip(*streams, strict=True)]
     assert both == [batch["keys"] for batch in expected(order, 0, 1, 0, 40)]
+
+
+def test_nobody_takes_a_rank_s_share_and_what_waits_is_bounded_and_quiet(order, monkeypatch):
+    executors = []
+    before = ray_execution._RankExecution.before_execution_starts
+
+    def watched(self, executor):
+        executors.append(executor)
+        before(self, executor)
+
+    monkeypatch.setattr(ray_execution._RankExecution, "before_execution_starts", watched)
+    with ExitStack() as closing:
+        for rank in range(2):
+            settings = {"order": order, "spec": SPEC, "rank": rank, "world_size": 2, "concurrency": 0.5}
+            batches = stream.training_batches(start_step=0, end_step=10**5, **settings)
+            next(closing.enter_context(batches))
+
+        def submitted():
+            return [op.metrics.num_tasks_submitted for executor in executors for op in executor._topology][1::2]
+
+        found, deadline = submitted(), time.monotonic() + 60
+        while True:  # until nothing more is read ahead
+            time.sleep(2)
+            found, earlier = submitted(), found
+            if found == earlier:
+                break
+            assert time.monotonic() < deadline, "the reading goes on and on"
+        assert max(found) <= 4 * stream._READ_AHEAD_TASKS < stream._SEGMENT_TASKS
+        assert [executor._resource_manager.get_global_limits().cpu for executor in executors] == [0.5, 0.5]
+        began = time.process_time()
+        time.sleep(2)
+        # Two loops, and whatever else this process does: left alone, each loop of Ray Data takes all that there is.
+        assert time.process_time() - began < 0.8
 
 
 def test_closing_early_stops_the_reading(order):

@@ -127,6 +127,8 @@ def test_bad_requests(refusal, environment, arguments, parts):
         (["run.init_from=models:/absent/1"], ["run.init_from: ", "no registered model 'absent'"]),
         (["objective.autoencoder=models:/absent@champion"], ["objective.autoencoder: ", "'absent'", "there are: none"]),
         (["objective.autoencoder=preset:nowhere"], ["there is no preset 'nowhere'"]),
+        (["objective.text_encoder.path=preset:nowhere"], ["there is no preset 'nowhere'"]),
+        (["objective.text_encoder.path=models:/absent/1"], ["objective.text_encoder.path: ", "registered model 'absent'"]),
         (
             ["objective.text_encoder={kind: pretrained, path: /nowhere}", "objective.autoencoder=null"],
             ["objective.text_encoder.path=/nowhere"],
@@ -159,7 +161,7 @@ def test_a_preset_that_is_trained_first_finds_room_for_what_follows(environment,
     with pytest.raises(BadRequest, match="/nowhere: no such folder"):
         train(four_workers)
     (first,) = asked
-    assert (first.run.name, first.run.root) == ("autoencoder-demo", f"{environment}/runs")
+    assert (first.run.name, first.run.root) == ("clip-demo", f"{environment}/runs")
     # Ray is started once, by the first training.
     cluster.check_room(four_workers, {"CPU": float(cluster.local_cpus(first)), "GPU": 0.0})
 

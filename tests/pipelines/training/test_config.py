@@ -102,7 +102,7 @@ def test_a_foreign_key_names_what_is_allowed():
     [
         ("objective.unet.chanels=[64]", "unknown key objective.unet.chanels (did you mean channels?)"),
         ("objective.text_encoder.widht=3", "unknown key objective.text_encoder.widht (did you mean width?)"),
-        ("objective.kind=gan", "objective.kind: there is no gan; allowed: 'autoencoder', 'latent_diffusion'"),
+        ("objective.kind=gan", "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion'"),
         ("engines.denoiser.zero_stag=2", "unknown key engines.denoiser.zero_stag (did you mean zero_stage?)"),
     ],
 )

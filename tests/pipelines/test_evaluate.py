@@ -17,12 +17,16 @@ def fake_model(monkeypatch, tmp_path):
     """A model that draws real training digits; its calls are recorded."""
     calls: list[dict] = []
 
+    def open_model(folder, device, precision):
+        calls.append({"precision": precision})
+        return model
+
     def draw(prompts, seeds, progress=None, **options):
         calls.append({"prompts": prompts, "seeds": seeds, **options})
         return draw_real(prompts, seeds)
 
     model = SimpleNamespace(draw=draw, conditional=True, image_size=32)
-    fake = SimpleNamespace(TextToImage=SimpleNamespace(from_folder=lambda folder, device: model))
+    fake = SimpleNamespace(TextToImage=SimpleNamespace(from_folder=open_model))
     monkeypatch.setitem(sys.modules, "genmodels.diffusion.pipeline", fake)
     monkeypatch.setattr(evaluation, "find_export", lambda model, uri: tmp_path)
     return calls
@@ -39,6 +43,7 @@ def test_figures_grid_and_report_are_written(fake_model, monkeypatch, tmp_path):
     outputs = {name: str(tmp_path / "out" / name) for name in ("summary.json", "report.html", "grid.png")}
     run(
         monkeypatch, "any", "--count", "60", "--batch-size", "16", "--num-steps", "7", "--guidance-scale", "3",
+        "--precision", "bf16",
         "--summary", outputs["summary.json"], "--report", outputs["report.html"], "--grid", outputs["grid.png"],
         "--facts", str(tmp_path / "facts.json"), "--history", str(tmp_path / "history.json"),
     )  # fmt: skip
@@ -47,6 +52,7 @@ def test_figures_grid_and_report_are_written(fake_model, monkeypatch, tmp_path):
         assert 0 <= summary[name] < 2
     assert summary["count"] == 60 and summary["grid"] == outputs["grid.png"] and summary["num_steps"] == 7
     assert "models:/ldm-demo/1" in Path(outputs["report.html"]).read_text()
+    assert summary["precision"] == fake_model[0]["precision"] == "bf16"
     drawn = fake_model[-1]  # after one picture ahead of the clock
     assert drawn["seeds"] == list(range(60)) and len(drawn["prompts"]) == 60
     assert (drawn["num_steps"], drawn["guidance_scale"], drawn["batch_size"]) == (7, 3, 16)

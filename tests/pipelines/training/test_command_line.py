@@ -128,7 +128,7 @@ def test_bad_requests(refusal, environment, arguments, parts):
         (["objective.autoencoder=models:/absent@champion"], ["objective.autoencoder: ", "'absent'", "there are: none"]),
         (["objective.autoencoder=preset:nowhere"], ["there is no preset 'nowhere'"]),
         (["objective.text_encoder.path=preset:nowhere"], ["there is no preset 'nowhere'"]),
-        (["objective.text_encoder.path=models:/absent/1"], ["objective.text_encoder.path: ", "registered model 'absent'"]),
+        (["objective.text_encoder.path=models:/absent/1"], ["objective.text_encoder.path: ", "model 'absent'"]),
         (
             ["objective.text_encoder={kind: pretrained, path: /nowhere}", "objective.autoencoder=null"],
             ["objective.text_encoder.path=/nowhere"],

@@ -18,8 +18,8 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 .PHONY: help setup demo test test-fast lint clean
 
 help:
-	@echo "make demo       train the demo: autoencoder, latent diffusion, pictures, report (under 10 minutes on 2 cores)"
-	@echo "make test       lint, types and all tests (15 to 20 minutes on 2 cores)"
+	@echo "make demo       train the demo: autoencoder, text encoder, latent diffusion, pictures, report (8 minutes on 2 cores)"
+	@echo "make test       lint, types and all tests (about 15 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove runs/ and out/ (the environment is kept)"

@@ -162,9 +162,9 @@ def newest(folder: RunFolder) -> Checkpoint:
     return list_checkpoints(folder.checkpoints)[0]
 
 
-def end_state(folder: RunFolder) -> dict[str, Any]:
-    """Weights, both moments, averages, the objective's own state and the position in the newest checkpoint."""
-    checkpoint = newest(folder)
+def state_at(folder: RunFolder, step: int) -> dict[str, Any]:
+    """Weights, both moments, averages, the objective's own state and the position in the checkpoint of `step`."""
+    (checkpoint,) = [found for found in list_checkpoints(folder.checkpoints) if found.step == step]
     state: dict[str, Any] = {f"objective|{key}": value for key, value in checkpoint.objective_state().items()}
     for what in ("param", *MOMENTS, "ema"):
         for network, tensors in assemble(checkpoint, what).items():

@@ -37,7 +37,7 @@ def test_training_resume_and_export_on_s3(
     first = train(f"run.steps={epoch}", preset=preset)
     assert (first["outcome"], first["run_folder"]) == ("trained", folder.url)
     assert first["export"].startswith("s3://data/runs/on-s3/export/")
-    assert len(small_run.end_state(folder)) > 100
+    assert len(small_run.state_at(folder, small_run.newest(folder).step)) > 100
     seen = Counter(entry["key"] for entry in small_run.audit(folder))
     assert len(seen) == small_run.SAMPLES and set(seen.values()) == {1}
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -161,6 +162,7 @@ def _log_model(
     signature, example = _signature(folder, kind)
     experiment_id = client.get_run(run_id).info.experiment_id
     logged = patiently(client.create_logged_model, experiment_id, name=name, source_run_id=run_id, model_type=kind)
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # it tells of each step
     with tempfile.TemporaryDirectory() as temporary:
         model_folder = Path(temporary) / "model"
         pyfunc.save_model(

@@ -48,6 +48,9 @@ def loss_chart(title: str, history: list[dict[str, Any]]) -> str:
     for _, colour, points in series:
         path = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
         parts.append(f'<polyline class="{colour}" fill="none" stroke-width="2" points="{path}"/>')
+        if len(points) == 1:  # a line of one point is not seen
+            cx, cy = path.split(",")
+            parts.append(f'<circle class="{colour}" fill="none" stroke-width="2" cx="{cx}" cy="{cy}" r="3"/>')
     key = '<span class="key"><i class="{}"></i>{} {:.4g}</span>'
     keys = "".join(key.format(colour, name, points[-1][1]) for name, colour, points in series)
     picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'

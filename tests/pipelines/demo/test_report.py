@@ -98,6 +98,7 @@ def test_a_chart_stays_in_its_frame(values):
     for point in points[1].split():
         x, y = map(float, point.split(","))
         assert 50 <= x <= 510 and 10 <= y <= 230
+    assert ("<circle" in chart) == (len(values) == 1)
     assert 2 <= chart.count("text-anchor='end'") + chart.count('text-anchor="end"') <= 12
 
 

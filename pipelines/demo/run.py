@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from infra.errors import BadRequest, main_exit
 
 MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
-EVALUATION = ["--num-steps", "10", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
+EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
 EVALUATION += ["--precision", "bf16", "--processes", "2"]
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from infra.build_extensions import use_own_ninja
 from pipelines.training.engine import (
     MOMENTS,
     Engine,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def init_deepspeed(device: torch.device) -> None:
     """Tell DeepSpeed of the device, and of the process group that Ray Train (or a test) has made."""
     os.environ["DS_ACCELERATOR"] = device.type  # read when DeepSpeed is first imported
+    use_own_ninja()
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
-from genmodels.diffusion.noise_schedule import ScheduleName
+from genmodels.diffusion.noise_schedule import PredictionType, ScheduleName
 from genmodels.text.encoder import TextEncoderConfig, TrainedTextEncoder
 
 
@@ -50,8 +50,21 @@ class LatentDiffusionConfig(Section):
     text_encoder: TextEncoderConfig = Field(
         TrainedTextEncoder(), description="kind trained, pretrained or none (no condition)"
     )
-    prediction_type: Literal["epsilon", "v_prediction"] = Field("v_prediction", description="what the U-Net predicts")
+    prediction_type: PredictionType = Field(
+        "v_prediction", description="what the U-Net predicts: epsilon, v_prediction or sample"
+    )
     noise_schedule: ScheduleName = Field("scaled_linear", description="linear, scaled_linear or cosine")
+    zero_terminal_snr: bool = Field(
+        False, description="end the schedule in pure noise, as sampling begins; not for epsilon"
+    )
+    min_snr_gamma: float | None = Field(
+        None, gt=0, description="weigh errors of the clean sample by min(SNR, gamma), 5 is usual; null: plain errors"
+    )
+    offset_noise: float = Field(
+        0.0,
+        ge=0,
+        description="deviation of noise that is the same in all of a channel: helps very dark or bright images",
+    )
     train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule")
     timestep_bias: float = Field(
         1.0, gt=0, description="training timesteps have a density of t^(bias-1): 1 is uniform, more favours noise"
@@ -62,6 +75,14 @@ class LatentDiffusionConfig(Section):
     preview_steps: int = Field(15, gt=0, description="DDIM steps of the sample grids")
     preview_guidance_scale: float = Field(2.0, ge=1, description="guidance scale of the sample grids")
     preview_samples: int = Field(16, gt=0, description="samples in a grid, at most")
+
+    @model_validator(mode="after")
+    def _predicts_something(self) -> LatentDiffusionConfig:
+        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+            raise ValueError(
+                "zero_terminal_snr needs prediction_type v_prediction or sample: pure noise tells no sample"
+            )
+        return self
 
     @property
     def conditional(self) -> bool:

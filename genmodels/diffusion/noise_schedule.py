@@ -1,7 +1,9 @@
 """The forward process of diffusion: q(x_t | x) = N(√ᾱ_t x, (1 − ᾱ_t) I), and what a network may predict of it.
 
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), eq. 4; the cosine schedule of Nichol
-and Dhariwal (ICML 2021), eq. 17; v of Salimans and Ho, "Progressive Distillation" (ICLR 2022), appendix D.
+and Dhariwal (ICML 2021), eq. 17; v of Salimans and Ho, "Progressive Distillation" (ICLR 2022), appendix D;
+schedules that end in pure noise of Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are
+Flawed" (WACV 2024), algorithm 1.
 """
 
 from __future__ import annotations
@@ -36,6 +38,12 @@ def betas(name: ScheduleName, num_steps: int = 1000) -> Tensor:
     return (1 - signal[1:] / signal[:-1]).clamp(max=0.999)
 
 
+def end_in_noise(alpha_bar: Tensor) -> Tensor:
+    """ᾱ with √ᾱ shifted and scaled so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
+    root = alpha_bar.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+
+
 @dataclass(frozen=True)
 class NoiseSchedule:
     """ᾱ_t for t = 0 … T−1, float64, and the closed forms that follow from it.
@@ -47,9 +55,10 @@ class NoiseSchedule:
     alpha_bar: Tensor
 
     @staticmethod
-    def named(name: ScheduleName, num_steps: int = 1000) -> NoiseSchedule:
-        """The linear, scaled-linear or cosine schedule of `num_steps` steps."""
-        return NoiseSchedule(torch.cumprod(1 - betas(name, num_steps), dim=0))
+    def named(name: ScheduleName, num_steps: int = 1000, zero_terminal_snr: bool = False) -> NoiseSchedule:
+        """The linear, scaled-linear or cosine schedule of `num_steps` steps; optionally one that ends in pure noise."""
+        alpha_bar = torch.cumprod(1 - betas(name, num_steps), dim=0)
+        return NoiseSchedule(end_in_noise(alpha_bar) if zero_terminal_snr else alpha_bar)
 
     def __len__(self) -> int:
         return len(self.alpha_bar)
@@ -58,6 +67,17 @@ class NoiseSchedule:
         """√ᾱ_t and √(1 − ᾱ_t), each (batch, 1, …) so that it multiplies `like`."""
         alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps].reshape(-1, *[1] * (like.dim() - 1))
         return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+
+    def min_snr_weight(self, prediction_type: PredictionType, timesteps: Tensor, gamma: float) -> Tensor:
+        """Weights (batch,) float32 of squared errors of a prediction that amount to min(SNR, γ) on errors of x.
+
+        Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023), section 3.4. An error of
+        x is one of ε times 1/√SNR, and one of v times 1/√(SNR + 1).
+        """
+        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]
+        snr = alpha_bar / (1 - alpha_bar)
+        scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
+        return (snr.clamp(max=gamma) / scale).float()
 
     def q_sample(self, x: Tensor, timesteps: Tensor, epsilon: Tensor) -> Tensor:
         """x_t = √ᾱ_t x + √(1 − ᾱ_t) ε."""

@@ -57,7 +57,9 @@ class LatentDiffusion(Objective):
             if network is not None
         }
         self.phases = [Phase("denoiser", self.loss)]
-        self.noise_schedule = NoiseSchedule.named(config.noise_schedule, config.train_timesteps)
+        self.noise_schedule = NoiseSchedule.named(
+            config.noise_schedule, config.train_timesteps, config.zero_terminal_snr
+        )
         self.empty_ids = None if tokenizer is None else encode(tokenizer, [""])  # (1, length)
 
     @staticmethod
@@ -91,14 +93,21 @@ class LatentDiffusion(Objective):
             return {"denoiser": build_denoiser(config)}
 
     def loss(self, batch: Batch) -> PhaseLoss:
-        """Mean over the slots of w ‖prediction − target‖², w = 0 for quarantined samples."""
+        """Mean over the slots of w ‖prediction − target‖²; w = 0 for quarantined samples, else 1 or the min-SNR weight.
+
+        Logged are `loss`, with these weights, and the plain errors by timestep.
+        """
         position = random.uniform(batch["seeds"], (), "timesteps") ** (1 / self.config.timestep_bias)
         timesteps = (position * self.config.train_timesteps).long().clamp_(max=self.config.train_timesteps - 1)
         per_sample = self._errors(batch, self.latents(batch), timesteps, self.condition(batch, dropout=True))
+        by_timestep = self._by_timestep(per_sample, timesteps, batch)
+        if self.config.min_snr_gamma is not None:
+            per_sample = per_sample * self.noise_schedule.min_snr_weight(
+                self.config.prediction_type, timesteps, self.config.min_snr_gamma
+            )
         # The mean is over slots, not over Σw: it weighs a sample the same at every world size.
         loss = (batch["weight"] * per_sample).mean()
-        metrics = {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
-        return PhaseLoss(loss, metrics)
+        return PhaseLoss(loss, {"loss": Mean.of(per_sample, batch["weight"]), **by_timestep})
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The loss with no caption dropped, each sample at one timestep in each quarter of the schedule."""
@@ -215,11 +224,15 @@ class LatentDiffusion(Objective):
             self.config.prediction_type,
             self.config.train_timesteps,
             clip=self.config.autoencoder is None,
+            zero_terminal_snr=self.config.zero_terminal_snr,
         )
 
     def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """Mean squared error of each sample's prediction, float32 (batch,)."""
         noise = random.normal(batch["seeds"], latents.shape[1:], "noise")
+        if self.config.offset_noise > 0:
+            offset = random.normal(batch["seeds"], (latents.shape[1], 1, 1), "offset")
+            noise = noise + self.config.offset_noise * offset
         noisy = self.noise_schedule.q_sample(latents, timesteps, noise)
         target = self.noise_schedule.target(self.config.prediction_type, latents, noise, timesteps)
         return (self.denoiser(noisy, timesteps, condition) - target).square().flatten(1).mean(1)

@@ -52,7 +52,11 @@ Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def sampler_settings(
-    noise_schedule: ScheduleName, prediction_type: PredictionType, train_timesteps: int = 1000, clip: bool = False
+    noise_schedule: ScheduleName,
+    prediction_type: PredictionType,
+    train_timesteps: int = 1000,
+    clip: bool = False,
+    zero_terminal_snr: bool = False,
 ) -> dict[str, Any]:
     """The settings that training fixes, as diffusers names them; a model's export and our own sampling share them.
 
@@ -72,6 +76,7 @@ def sampler_settings(
         "steps_offset": 1,  # what diffusers' Stable Diffusion pipeline insists on; read under "leading" only
         "set_alpha_to_one": True,  # the last step lands on the clean sample itself
         "clip_sample": clip,
+        "rescale_betas_zero_snr": zero_terminal_snr,
     }
 
 

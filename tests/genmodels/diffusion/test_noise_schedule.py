@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
 from genmodels.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, betas
 
@@ -56,3 +57,25 @@ def test_noising_and_v_agree_with_diffusers(name):
     torch.testing.assert_close(theirs.add_noise(x, epsilon, timesteps), x_t, rtol=0, atol=1e-4)
     v = schedule.target("v_prediction", x, epsilon, timesteps)
     torch.testing.assert_close(theirs.get_velocity(x, epsilon, timesteps), v, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_schedule_that_ends_in_noise_is_that_of_diffusers(name):
+    ours = NoiseSchedule.named(name, zero_terminal_snr=True).alpha_bar
+    theirs = torch.cumprod(1 - rescale_zero_terminal_snr(betas(name)), dim=0)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert ours[-1] == 0 and ours[0] == pytest.approx(NoiseSchedule.named(name).alpha_bar[0].item(), abs=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_min_snr_weighs_one_error_of_the_sample_alike_whatever_is_predicted(name):
+    schedule, x, epsilon, timesteps, x_t = noised(name)
+    answer = x + 0.1 * torch.roll(x, 1, 0)  # some wrong clean sample, told in three ways
+    implied = (x_t - schedule.signal_and_noise(timesteps, x)[0] * answer) / schedule.signal_and_noise(timesteps, x)[1]
+    snr = schedule.alpha_bar[timesteps] / (1 - schedule.alpha_bar[timesteps])
+    expected = snr.clamp(max=5) * (answer - x).square().flatten(1).mean(1)
+    for prediction_type in ("epsilon", "v_prediction", "sample"):
+        told = schedule.target(prediction_type, answer, implied, timesteps)
+        errors = (told - schedule.target(prediction_type, x, epsilon, timesteps)).square().flatten(1).mean(1)
+        weight = schedule.min_snr_weight(prediction_type, timesteps, 5.0)
+        torch.testing.assert_close(weight * errors, expected, rtol=1e-5, atol=1e-12)

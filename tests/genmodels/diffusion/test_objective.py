@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from pydantic import TypeAdapter, ValidationError
 
 from genmodels import random
+from genmodels.diffusion.noise_schedule import NoiseSchedule
 from genmodels.families import ObjectiveConfig, build_objective
 from genmodels.text.encoder import TrainedTextEncoder, build_text_encoder
 from genmodels.text.tokenizer import encode
@@ -70,6 +71,35 @@ def test_biased_timesteps_have_the_density_that_is_documented(inputs, monkeypatc
         assert (timesteps < share * objective.config.train_timesteps).float().mean() == pytest.approx(
             share**2, abs=0.03
         )
+
+
+def test_offset_noise_is_one_number_for_each_channel_of_a_sample(inputs, batch, monkeypatch):
+    seen = []
+    monkeypatch.setattr(NoiseSchedule, "q_sample", lambda self, x, timesteps, epsilon: seen.append(epsilon) or x)
+    for offset in (0.0, 0.5):
+        objective = build_objective(tiny.diffusion_config(offset_noise=offset), inputs)
+        objective.loss(batch)
+    added = seen[1] - seen[0]
+    assert added.std((2, 3)).max() < 1e-6
+    assert added.mean((2, 3)).std() == pytest.approx(0.5, rel=0.5)
+
+
+def test_pure_noise_and_epsilon_do_not_go_together():
+    with pytest.raises(ValidationError, match="zero_terminal_snr needs prediction_type v_prediction or sample"):
+        tiny.diffusion_config(zero_terminal_snr=True, prediction_type="epsilon")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_changes_the_loss_and_not_the_errors_by_timestep(inputs, batch, prediction_type):
+    results = []
+    for gamma in (None, 0.01):
+        torch.manual_seed(0)
+        config = tiny.diffusion_config(min_snr_gamma=gamma, prediction_type=prediction_type)
+        results.append(build_objective(config, inputs).loss(batch))
+    plain, weighted = results
+    assert plain.loss != weighted.loss
+    for quarter in range(4):
+        assert plain.metrics[f"loss_t{quarter}"].total == weighted.metrics[f"loss_t{quarter}"].total
 
 
 def test_micro_batches_add_up_to_the_whole(objective, batch):

@@ -24,7 +24,7 @@ def point_mass(point: torch.Tensor, schedule: NoiseSchedule, prediction_type: st
 
 
 @pytest.mark.parametrize("name", ["ddim", "dpm_solver++"])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("noise_schedule", sorted(SCHEDULES))
 @pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
 def test_a_point_mass_is_returned_for_any_number_of_steps(name, prediction_type, noise_schedule, num_steps):
@@ -35,8 +35,19 @@ def test_a_point_mass_is_returned_for_any_number_of_steps(name, prediction_type,
     torch.testing.assert_close(drawn.double(), point.expand(3, *SHAPE), rtol=0, atol=1e-3)  # float32
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm_solver++"])
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])
+@pytest.mark.parametrize("num_steps", [1, 2, 7, 50])
+def test_a_point_mass_is_returned_from_pure_noise(name, prediction_type, num_steps):
+    point = torch.linspace(-1, 1, 18, dtype=torch.float64).reshape(1, *SHAPE)
+    settings = sampler_settings("scaled_linear", prediction_type, zero_terminal_snr=True)
+    denoise = point_mass(point, NoiseSchedule.named("scaled_linear", zero_terminal_snr=True), prediction_type)
+    drawn = sample(denoise, SHAPE, torch.arange(3), make_sampler(name, settings), num_steps)
+    torch.testing.assert_close(drawn.double(), point.expand(3, *SHAPE), rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("num_steps", [1, 4, 20, 50])
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddim_agrees_with_diffusers_where_the_steps_divide(num_steps, prediction_type, clip):
     settings = sampler_settings("scaled_linear", prediction_type, clip=clip)

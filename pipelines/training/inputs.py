@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
                 save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
         if getattr(objective, "autoencoder", None) is not None:
             models["objective.autoencoder"] = objective.autoencoder
-        for key, source in _resolve_all(models, config).items():
+        for key, source in _resolve_all(models, config):
             if key == "objective.autoencoder":
                 nested = source / "vae"  # a Stable Diffusion export holds one too
                 shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
@@ -81,26 +82,23 @@ def _fetch_text_encoder(reference: str, source: str, local: Path) -> None:
         raise BadRequest(f"objective.text_encoder.path={reference}: {message}") from None
 
 
-def _resolve_all(references: dict[str, str], config: TrainConfig) -> dict[str, Path]:
+def _resolve_all(references: dict[str, str], config: TrainConfig) -> Iterator[tuple[str, Path]]:
     """Models by key of the configuration. "preset:NAME" trains that preset first, where its run is not finished yet.
 
-    Whatever is wrong with any of them is said before the first is trained.
+    These come last: what is wrong with the others, or with a preset's name, is said before anything is trained.
     """
     assignments = [f"run.root={config.run.root}"] if config.run.root else []
-    presets = {
-        key: reference.removeprefix("preset:")
-        for key, reference in references.items()
-        if reference.startswith("preset:")
-    }
+    presets = {key: text.removeprefix("preset:") for key, text in references.items() if text.startswith("preset:")}
     # The trainings share the Ray that the first one starts, so it has to be large enough for each.
-    room = max(local_cpus(config), *(local_cpus(load_config(preset, assignments)) for preset in presets.values()), 0)
-    found = {key: _resolve(key, references[key], config) for key in references.keys() - presets.keys()}
+    room = max(local_cpus(each) for each in [config, *(load_config(name, assignments) for name in presets.values())])
+    for key, reference in references.items():
+        if key not in presets:
+            yield key, _resolve(key, reference, config)
     for key, preset in presets.items():
         from pipelines.training.launch import train
 
         export = train(load_config(preset, [*assignments, f"workers.local_cpus={room}"]))["export"]
-        found[key] = _resolve(key, export, config)
-    return found
+        yield key, _resolve(key, export, config)
 
 
 def _resolve(key: str, reference: str, config: TrainConfig) -> Path:

@@ -88,9 +88,8 @@ def test_ray_filesystem_writes_nested_and_pickles(root):
     assert storage.read_bytes(storage.join(root, "ray/run/checkpoint/part")) == b"part"
 
 
+@pytest.mark.parametrize("root", ["rclone", "moto"], indirect=True)
 def test_missing_bucket_is_one_line(root):
-    if not storage.is_remote(root):
-        pytest.skip("buckets are S3's")
     with pytest.raises(BadRequest, match="no bucket absent") as caught:
         storage.check_access("s3://absent/x")
     assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ import pytest
 
 from infra.errors import BadRequest, main_exit
 from pipelines import prepare_shards
-from pipelines.training import cluster, launch
+from pipelines.training import cluster, inputs, launch
 from pipelines.training.command import run
 from pipelines.training.config import load_config
 from pipelines.training.run_folder import RunFolder
@@ -146,6 +146,19 @@ def test_bad_references(refusal, ends, shards, arguments, parts):
 def test_what_is_wrong_is_said_before_an_autoencoder_is_trained(refusal, shards):
     line = refusal(*_data(shards), "objective.autoencoder=preset:autoencoder_demo", "run.init_from=/nowhere")
     assert line.startswith("run.init_from: ")
+
+
+def test_a_model_of_another_kind_is_refused_before_a_preset_is_trained(refusal, shards, tmp_path, monkeypatch):
+    (tmp_path / "ae").mkdir()
+    (tmp_path / "ae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    (tmp_path / "ae" / "diffusion_pytorch_model.safetensors").touch()
+    monkeypatch.setattr(inputs, "resolve_reference", lambda *_, **__: tmp_path / "ae")
+    line = refusal(
+        *_data(shards),
+        "objective.text_encoder.path=models:/ae/1",
+        "objective.autoencoder=preset:autoencoder_demo",
+    )
+    assert line.startswith("objective.text_encoder.path=models:/ae/1: ")
 
 
 def test_a_preset_that_is_trained_first_finds_room_for_what_follows(environment, shards, monkeypatch):

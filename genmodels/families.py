@@ -1,38 +1,46 @@
-"""The families of models that can be trained, by the `kind` that a configuration names. A new family is one line."""
+"""The families of models that can be trained, by the `kind` that a configuration names. A new family is two lines.
+
+A family's own module is imported when it is asked for: each brings libraries that take seconds to import.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from genmodels.autoencoder.objective import Autoencoder, AutoencoderConfig
+from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
-from genmodels.clip.objective import Clip
 from genmodels.diffusion.config import LatentDiffusionConfig
-from genmodels.diffusion.objective import LatentDiffusion
-from genmodels.objective import Objective
 
-OBJECTIVES: dict[str, tuple[type, type[Objective]]] = {
-    "autoencoder": (AutoencoderConfig, Autoencoder),
-    "clip": (ClipConfig, Clip),
-    "latent_diffusion": (LatentDiffusionConfig, LatentDiffusion),
+if TYPE_CHECKING:
+    from genmodels.objective import Objective
+
+_OBJECTIVES = {
+    "autoencoder": "genmodels.autoencoder.objective:Autoencoder",
+    "clip": "genmodels.clip.objective:Clip",
+    "latent_diffusion": "genmodels.diffusion.objective:LatentDiffusion",
 }
 
 ObjectiveConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
+
+
+def objective_class(kind: str) -> type[Objective]:
+    """The class that trains configurations of this `kind`."""
+    return resolve_name(_OBJECTIVES[kind])
 
 
 def build_objective(config: Any, inputs: Path | None = None) -> Objective:
     """The objective of a configuration, with freshly initialised networks on the CPU.
 
     Args:
-        config: one of the classes in `OBJECTIVES`.
+        config: of one of the classes in `ObjectiveConfig`.
         inputs: folder of what the objective needs from elsewhere (`autoencoder/`, `tokenizer/`, `text_encoder/`,
             `perceptual.safetensors`); None where it needs nothing.
 
     Raises:
         ValueError: an input is missing or does not fit the configuration; the message names it.
     """
-    _, objective = OBJECTIVES[config.kind]
-    return objective.from_config(config, inputs)  # type: ignore[attr-defined,no-any-return]
+    return objective_class(config.kind).from_config(config, inputs)

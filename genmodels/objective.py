@@ -125,6 +125,11 @@ class Objective:
         raise TypeError(f"{type(self).__name__} cannot start from other weights")
 
     @staticmethod
+    def from_config(config: Any, inputs: Path | None = None) -> Objective:
+        """Freshly initialised on the CPU; `inputs` is the folder of what it needs from elsewhere."""
+        raise TypeError("this family does not say how it is built")
+
+    @staticmethod
     def abstract_networks(config: Any) -> dict[str, nn.Module]:
         """The trained networks on the meta device: their sizes, before any input is at hand."""
         raise TypeError("this family does not say how large it is")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
@@ -18,6 +19,9 @@ from pipelines.demo.evaluation import Draw, evaluate_digits, kept_out_prompts
 from pipelines.demo.report import galleries, write_report
 from pipelines.generation import find_export
 from pipelines.pictures import grid_png
+
+if TYPE_CHECKING:
+    from genmodels.diffusion.pipeline import TextToImage
 
 _SHOWN = (
     ("consistency", "consistency_real", "consistency_ratio"),
@@ -40,7 +44,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
     add("--sampler", default="ddim", choices=["ddpm", "ddim", "dpm_solver++"], help="(default: %(default)s)")
     add("--batch-size", type=int, default=64, help="pictures drawn at once (default: %(default)s)")
-    add("--precision", default="fp32", choices=["fp32", "bf16"], help="of the U-Net (default: %(default)s)")
+    add("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="of the U-Net (default: %(default)s)")
     add(
         "--processes",
         type=int,
@@ -75,11 +79,12 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     facts, history = _read_json(arguments.facts, {}), _read_json(arguments.history, [])
     folder = find_export(arguments.model, arguments.tracking_uri)
     options = {key: getattr(arguments, key) for key in ("num_steps", "guidance_scale", "sampler", "batch_size")}
-    draw, size = _drawing(folder, arguments.processes, arguments.precision, options)
-    evaluation = evaluate_digits(draw, size, arguments.count, arguments.seed)
+    with ExitStack() as closing:
+        draw, model = _drawing(folder, arguments.processes, arguments.precision, options, closing)
+        evaluation = evaluate_digits(draw, model.image_size, arguments.count, arguments.seed)
     _show(evaluation.figures)
 
-    options["precision"] = arguments.precision
+    options["precision"] = model.precision
     summary = {"model": arguments.model, "export_folder": str(folder), **options, **evaluation.figures}
     if arguments.grid:
         number = min(2 * len(KEPT_OUT), arguments.count)
@@ -94,17 +99,22 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _drawing(folder: Path, processes: int, precision: str, options: dict[str, Any]) -> tuple[Draw, int]:
-    """A function that draws, with a progress bar, and the side of its pictures in pixels."""
+def _drawing(
+    folder: Path, processes: int, precision: str, options: dict[str, Any], closing: ExitStack
+) -> tuple[Draw, TextToImage]:
+    """A function that draws, with a progress bar, and the model that it draws with. `closing` ends its processes."""
     import torch
 
     from genmodels.diffusion.pipeline import TextToImage
-    from pipelines.demo.parallel_draw import draw_in_processes
+    from pipelines.demo.parallel_draw import DrawingPool
 
     try:
         model = TextToImage.from_folder(folder, "cuda" if torch.cuda.is_available() else "cpu", precision)
         if not model.conditional:
             raise BadRequest(f"{folder} was trained without captions, and the digits are asked for by captions")
+        pool = None
+        if processes > 1:
+            pool = closing.enter_context(DrawingPool(folder, processes, model.precision))
         # One picture ahead of the clock: a model's first call is slower than all others, and shows a bad option.
         model.draw(["a red seven on a white background"], [0], **options)
     except (ValueError, OSError) as error:
@@ -118,11 +128,9 @@ def _drawing(folder: Path, processes: int, precision: str, options: dict[str, An
             def progress(done: float, _total: int) -> None:
                 bar.update(row, completed=int(done))
 
-            if processes > 1:
-                return draw_in_processes(folder, prompts, seeds, processes, progress, precision, **options)
-            return model.draw(prompts, seeds, progress=progress, **options)
+            return (pool or model).draw(prompts, seeds, progress=progress, **options)
 
-    return draw, model.image_size
+    return draw, model
 
 
 def _read_json(path: str | None, default: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
-from genmodels.text.encoder import TrainedTextEncoder
+from genmodels.text.config import TrainedTextEncoder
 
 
 class ConvolutionalImageEncoder(Section):

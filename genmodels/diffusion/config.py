@@ -7,8 +7,10 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
-from genmodels.diffusion.noise_schedule import PredictionType, ScheduleName
-from genmodels.text.encoder import TextEncoderConfig, TrainedTextEncoder
+from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
+
+ScheduleName = Literal["linear", "scaled_linear", "cosine"]
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class UNetConfig(Section):

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+from genmodels.diffusion.config import PredictionType, ScheduleName
 
 # Name in diffusers' configurations, first and last β (the cosine schedule has none).
 SCHEDULES: dict[str, tuple[str, float, float]] = {

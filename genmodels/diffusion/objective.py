@@ -21,7 +21,8 @@ from genmodels.diffusion.network import ConditionalDenoiser, build_unet, example
 from genmodels.diffusion.noise_schedule import NoiseSchedule
 from genmodels.diffusion.sampler import make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
-from genmodels.text.encoder import PretrainedTextEncoder, TrainedTextEncoder, build_text_encoder, pretrained_width
+from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
+from genmodels.text.encoder import build_text_encoder, pretrained_width
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 from genmodels.weights import forward_flops, load_into

@@ -15,6 +15,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels.diffusion.network import ConditionalDenoiser
 from genmodels.diffusion.sampler import SamplerName, make_sampler, sample
+from genmodels.precision import autocast, resolve_precision
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 
@@ -39,9 +40,7 @@ class TextToImage:
         precision: str = "fp32",
     ) -> None:
         """Args: a model with a tokenizer is conditional, and `denoiser` holds its text encoder."""
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision is {precision!r}, must be fp32 or bf16")
-        self.precision = precision
+        self.precision = resolve_precision(precision, next(denoiser.parameters()).device)
         self.denoiser = denoiser
         self.sampler_settings = sampler_settings
         self.autoencoder = autoencoder
@@ -54,8 +53,8 @@ class TextToImage:
         Args:
             folder: local folder.
             device: where to draw.
-            precision: "fp32", or "bf16" for the U-Net's products: faster where the processor has bfloat16, a little
-                off the float32 pictures.
+            precision: of the U-Net's products: "fp32", "bf16" (a little off the float32 pictures), or "auto": bf16
+                where the device is fast at it.
 
         Raises:
             ValueError: a part is missing or the precision unknown; the message names it.
@@ -180,7 +179,7 @@ class TextToImage:
 
     def _denoise(self, latents: Tensor, timesteps: Tensor, features: Tensor | None) -> Tensor:
         unet: Any = self.denoiser.unet
-        with torch.autocast(latents.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+        with autocast(self.precision, latents.device):
             if features is None:
                 return unet(latents, timesteps).sample
             return unet(latents, timesteps, encoder_hidden_states=features).sample

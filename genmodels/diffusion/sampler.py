@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 from torch import Tensor
 
-from genmodels.diffusion.noise_schedule import SCHEDULES, PredictionType, ScheduleName
+from genmodels.diffusion.config import PredictionType, ScheduleName
+from genmodels.diffusion.noise_schedule import SCHEDULES
 from genmodels.random import derive_seeds, normal
 
 SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]

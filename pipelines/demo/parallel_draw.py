@@ -13,38 +13,53 @@ from typing import Any
 import numpy as np
 
 
-def draw_in_processes(
-    folder: Path,
-    prompts: list[str],
-    seeds: list[int],
-    processes: int,
-    progress: Callable[[float, int], None] | None = None,
-    precision: str = "fp32",
-    **options: Any,
-) -> np.ndarray:
-    """Draw a picture for each prompt and seed from an export folder; uint8 (n, height, width, 3).
+class DrawingPool:
+    """Processes that draw with the model of an export folder. They start at once; use a `with` block.
 
     Args:
+        folder: an export that can be opened.
         processes: at least 1. Each loads the model anew and uses one thread.
-        progress: called with the number of pictures that are done, and their total.
-        precision: "fp32" or "bf16", of the U-Net.
-        options: passed on to `TextToImage.draw` (`num_steps`, `guidance_scale`, `sampler`, `batch_size`).
-
-    What a process raises is raised here.
+        precision: of the U-Net: "fp32", "bf16" or "auto".
     """
-    part = options.get("batch_size", 64)
-    jobs = [(prompts[i : i + part], seeds[i : i + part], options) for i in range(0, len(prompts), part)]
-    # Not forked: a fork of a process that has run torch's threads can hang at the next parallel region.
-    context = multiprocessing.get_context("spawn")
-    pictures = []
-    with context.Pool(min(processes, len(jobs)), initializer=_load, initargs=(str(folder), precision)) as pool:
-        for drawn in pool.imap(_draw, jobs):
+
+    def __init__(self, folder: Path, processes: int, precision: str = "fp32") -> None:
+        # Not forked from here: a fork of a process that has run torch's threads can hang at the next parallel region.
+        # They are forks of one process that has only imported what is needed, which takes seconds.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["genmodels.diffusion.pipeline"])
+        self._pool = context.Pool(processes, initializer=_load, initargs=(str(folder), precision))
+
+    def draw(
+        self,
+        prompts: list[str],
+        seeds: list[int],
+        progress: Callable[[float, int], None] | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """A picture for each prompt and seed: uint8 (n, height, width, 3).
+
+        `progress` is called with the number of pictures that are done, and their total; `options` are those of
+        `TextToImage.draw` (`num_steps`, `guidance_scale`, `sampler`, `batch_size`). What a process raises is raised
+        here.
+        """
+        part = options.get("batch_size", 64)
+        jobs = [(prompts[i : i + part], seeds[i : i + part], options) for i in range(0, len(prompts), part)]
+        pictures = []
+        for drawn in self._pool.imap(_draw, jobs):
             pictures.append(drawn)
             if progress:
                 progress(sum(map(len, pictures)), len(prompts))
-        pool.close()
-        pool.join()  # leaving the block ends processes at once, and would leak their semaphores
-    return np.concatenate(pictures)
+        return np.concatenate(pictures)
+
+    def __enter__(self) -> DrawingPool:
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        if error is None:
+            self._pool.close()  # ending the processes at once would leak their semaphores
+        else:
+            self._pool.terminate()
+        self._pool.join()
 
 
 _model: Any = None  # one for each process of the pool

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,13 +19,16 @@ from typing import Any
 
 import psutil
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+SOURCES = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(SOURCES))
 
-from infra.errors import BadRequest, main_exit
+from infra.errors import BadRequest, RunFailed, main_exit
+from infra.storage import run_root
+from pipelines.training.config import TrainConfig, load_config
 
 MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
 EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
-EVALUATION += ["--precision", "bf16", "--processes", "2"]
+EVALUATION += ["--precision", "auto", "--processes", "2"]
 
 
 class Stages:
@@ -40,18 +45,31 @@ class Stages:
         return result
 
 
-def forget_earlier(root: Path) -> None:
-    """Remove what earlier demos left under the run root, registered models included; nothing else is touched."""
-    import shutil
+def prepare(root: Path, trainings: list[TrainConfig]) -> None:
+    """Draw the shards in a process of its own, and meanwhile forget earlier demos, import what is needed, start Ray."""
+    command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / "digits-32")]
+    with subprocess.Popen([*command, "--demo", "digits", "--size", "32", "--overwrite"]) as drawing:
+        from genmodels.families import objective_class
+        from pipelines.training import cluster, launch  # noqa: F401
 
+        forget_models(root)
+        cluster.connect(max(trainings, key=cluster.local_cpus))
+        for config in trainings:
+            objective_class(config.objective.kind)
+    if drawing.returncode:
+        raise RunFailed("the shards were not drawn: what is wrong is said above")
+
+
+def forget_models(root: Path) -> None:
+    """Remove the runs and registered models of earlier demos under the run root; nothing else is touched."""
+    for name in MODELS:
+        shutil.rmtree(root / name, ignore_errors=True)
+    if not (root / "mlflow.db").exists():
+        return
     from mlflow.exceptions import MlflowException
 
     from infra.mlflow_store import open_client
 
-    for folder in (root / "data" / "digits-32", *(root / name for name in MODELS)):
-        shutil.rmtree(folder, ignore_errors=True)
-    if not (root / "mlflow.db").exists():
-        return
     client = open_client(f"sqlite:///{root / 'mlflow.db'}")
     for name in MODELS:
         try:
@@ -63,14 +81,8 @@ def forget_earlier(root: Path) -> None:
 
 def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     """Run all stages; returns the figures and writes them to `out`."""
-    from infra.storage import run_root
-    from infra.tracking import metric_history
-    from pipelines.training.config import load_config
-    from pipelines.training.launch import demo_url, draw_demo, train
-
     began = psutil.Process().create_time()  # of the command, so that imports count
     root, stages = run_root(), Stages()
-    forget_earlier(root)
     if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
         raise BadRequest(f"the demo removes and draws its own data and models: leave out {', '.join(theirs)}")
     autoencoder = load_config("autoencoder_demo", overrides)
@@ -78,9 +90,12 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     diffusion = load_config("ldm_demo", overrides)
     stages.run(
         "shards",
-        f"python pipelines/prepare_shards.py {demo_url(32)} --demo digits --size 32",
-        lambda: draw_demo(diffusion, overwrite=True),
+        f"python pipelines/prepare_shards.py {root}/data/digits-32 --demo digits --size 32",
+        lambda: prepare(root, [autoencoder, encoders, diffusion]),
     )
+    from infra.tracking import metric_history
+    from pipelines.training.launch import train
+
     ae = stages.run("autoencoder", "python pipelines/train_autoencoder.py", lambda: train(autoencoder))
     clip = stages.run("text encoder", "python pipelines/train_clip.py", lambda: train(encoders))
     ldm = stages.run("latent diffusion", "python pipelines/train_ldm.py", lambda: train(diffusion))

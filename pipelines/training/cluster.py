@@ -29,6 +29,7 @@ def connect(config: TrainConfig) -> None:
         else:
             # Ray's processes look in the folder that the command is typed in, which need not be the checkout.
             sources = str(Path(__file__).resolve().parents[2])
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")]))
             ray.init(
                 address="local",

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
-from genmodels.families import OBJECTIVES, ObjectiveConfig
+from genmodels.families import ObjectiveConfig, objective_class
 from infra.errors import BadRequest
 from infra.storage import is_remote, run_root
 from pipelines.training.explain import explain
@@ -149,8 +149,10 @@ class WorkersConfig(Section):
 class PrecisionConfig(Section):
     """Number formats and what trades memory for time."""
 
-    compute: Literal["fp32", "bf16"] = Field(
-        "fp32", description="bf16: matrix products under autocast; weights, EMA and optimizer stay fp32"
+    compute: Literal["fp32", "bf16", "auto"] = Field(
+        "fp32",
+        description="bf16: matrix products under autocast; weights, EMA and optimizer stay fp32; "
+        "auto: bf16 where the device has instructions for it",
     )
     activation_checkpointing: bool = Field(False, description="recompute activations in the backward pass")
     compile: bool = Field(False, description="torch.compile the networks")
@@ -331,7 +333,7 @@ def check_networks(config: TrainConfig) -> None:
     sections: dict[str, Mapping[str, Section]] = {"engines": config.engines, "optimizers": config.optimizers}
     if not any(sections.values()):
         return
-    networks = OBJECTIVES[config.objective.kind][1].abstract_networks(config.objective)
+    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
     for section, chosen in sections.items():
         for name in chosen.keys() - networks.keys():
             raise BadRequest(f"{section}.{name}: there is no such network in the objective, only {', '.join(networks)}")

@@ -170,7 +170,12 @@ class RunHooks:
             self.logger.flush()  # a run resumed from here does not log these steps again
         if self.audit is not None:
             self.audit.write()
-        facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last}
+        facts = {
+            **self.facts,
+            "bad_samples": self.bad_samples,
+            "precision": trainer.precision,
+            "finished": last,
+        }
         if last:
             throughput = trainer.throughput
             facts["figures"] = finite(

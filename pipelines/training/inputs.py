@@ -11,10 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from genmodels.text.encoder import PretrainedTextEncoder, TrainedTextEncoder, fetch_pretrained
-from genmodels.text.tokenizer import load as load_tokenizer
-from genmodels.text.tokenizer import save as save_tokenizer
-from genmodels.text.tokenizer import tokenizer_json, train_tokenizer
+from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from infra import storage
 from infra.errors import BadRequest
 from pipelines.data.captions import read_captions
@@ -57,9 +54,11 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
             if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
                 shutil.copytree(started_from, local / "tokenizer")
             else:
+                from genmodels.text.tokenizer import save, train_tokenizer
+
                 spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
                 captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
-                save_tokenizer(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
+                save(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
         if getattr(objective, "autoencoder", None) is not None:
             models["objective.autoencoder"] = objective.autoencoder
         for key, source in _resolve_all(models, config):
@@ -75,6 +74,8 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
 
 
 def _fetch_text_encoder(reference: str, source: str, local: Path) -> None:
+    from genmodels.text.encoder import fetch_pretrained
+
     try:
         fetch_pretrained(source, local)
     except (OSError, ValueError) as error:
@@ -133,7 +134,9 @@ def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
     if not tokenizer.is_dir():
         caption = data.caption if getattr(config.objective, "conditional", False) else None
         return SampleSpec(config.objective.image_size, data.crop, data.horizontal_flip, caption)
-    loaded = load_tokenizer(tokenizer)
+    from genmodels.text.tokenizer import load, tokenizer_json
+
+    loaded = load(tokenizer)
     return SampleSpec(
         config.objective.image_size,
         data.crop,

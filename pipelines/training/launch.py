@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from genmodels.families import OBJECTIVES, build_objective
+from genmodels.families import build_objective, objective_class
 from infra import storage, tracking
 from infra.errors import BadRequest, RunFailed
 from pipelines.data.index import DatasetIndex, load_index
@@ -94,8 +94,8 @@ def _check_continuation(config: TrainConfig, newest: Checkpoint | None, index: D
 def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
     """Build the objective once here, unless it is large, so that what does not fit is told before a worker starts."""
     inputs = local_inputs(folder)
-    _, family = OBJECTIVES[config.objective.kind]
-    size = sum(p.numel() for module in family.abstract_networks(config.objective).values() for p in module.parameters())
+    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
+    size = sum(p.numel() for module in networks.values() for p in module.parameters())
     if size > _CHECKED_PARAMETERS:
         return
     try:
@@ -127,20 +127,14 @@ def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, 
     return index, order
 
 
-def draw_demo(config: TrainConfig, overwrite: bool = False) -> None:
+def draw_demo(config: TrainConfig) -> None:
     """Draw the demo's shards where they belong; a `data.url` of one's own is never written to."""
     data, size = config.data, config.objective.image_size
-    out = demo_url(size)
-    if data.demo != "digits" or data.url != storage.join(out, "train"):
+    out = storage.join(str(storage.run_root()), "data", f"digits-{size}")
+    if data.demo != "digits" or data.url != storage.join(out, "train") or digits_complete(out):
         return
-    if overwrite or not digits_complete(out):
-        print(f"drawing the demo's digits to {out}", flush=True)
-        write_digits(out, size, data.demo_repeats, _SHARD_SAMPLES, overwrite=True)
-
-
-def demo_url(size: int) -> str:
-    """Where the demo's digits of `size` pixels are."""
-    return storage.join(str(storage.run_root()), "data", f"digits-{size}")
+    print(f"drawing the demo's digits to {out}", flush=True)
+    write_digits(out, size, data.demo_repeats, _SHARD_SAMPLES, overwrite=True)
 
 
 def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex) -> str:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from genmodels.objective import Batch, Mean, Objective, Phase, Preview
+from genmodels.precision import autocast, resolve_precision
 from pipelines.data.batch import RankBatch
 from pipelines.data.seeds import mix
 from pipelines.training.checkpoint import NetworkState, Snapshot, restore, take_snapshot
@@ -65,6 +66,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, objective: Objective, device: torch.device, rank: int = 0) -> None:
         check_phases(config, objective)
         self.config, self.objective, self.device, self.rank = config, objective, device, rank
+        self.precision = resolve_precision(config.precision.compute, device)
         self.networks: dict[str, NetworkState] = {}
         for name, module in objective.networks.items():
             module.requires_grad_(True)
@@ -159,9 +161,7 @@ class Trainer:
         return moved
 
     def autocast(self) -> AbstractContextManager[Any]:
-        if self.config.precision.compute == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return autocast(self.precision, self.device)
 
     def with_ema(self) -> ExitStack:
         """Inside, every network computes with its averaged weights, in evaluation mode and without gradients."""

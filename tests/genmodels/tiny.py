@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from genmodels.autoencoder.objective import AutoencoderConfig
+from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import build_objective

@@ -9,6 +9,7 @@ import pytest
 
 from infra.errors import BadRequest
 from pipelines import evaluate, evaluation
+from tests.genmodels.tiny import CAPTIONS, diffusion_config, write_inputs
 from tests.pipelines.demo.test_judge_and_evaluation import draw_real
 
 
@@ -19,6 +20,7 @@ def fake_model(monkeypatch, tmp_path):
 
     def open_model(folder, device, precision):
         calls.append({"precision": precision})
+        model.precision = precision
         return model
 
     def draw(prompts, seeds, progress=None, **options):
@@ -83,23 +85,17 @@ def test_help_names_units_and_defaults_without_loading_torch():
     assert "multiple of 20 (default: 1000)" in " ".join(result.stdout.split())
 
 
-def test_pictures_from_processes_come_back_in_order(monkeypatch, tmp_path):
-    from pipelines.demo import parallel_draw
+def test_pictures_from_processes_are_those_of_one_process(tmp_path):
+    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.families import build_objective
+    from pipelines.demo.parallel_draw import DrawingPool
 
-    class Pool:  # the same calls in this process: what is tested is how prompts are dealt out and put together
-        def __init__(self, processes, initializer, initargs):
-            assert processes == 2
-
-        __enter__ = lambda self: self  # noqa: E731
-        __exit__ = lambda self, *error: None  # noqa: E731
-        imap = staticmethod(map)
-        close = join = lambda self: None
-
-    model = SimpleNamespace(draw=lambda p, s, **o: np.array(s, dtype=np.uint8)[:, None, None, None].repeat(3, axis=3))
-    monkeypatch.setattr(parallel_draw, "_model", model)
-    monkeypatch.setattr(parallel_draw.multiprocessing, "get_context", lambda kind: SimpleNamespace(Pool=Pool))
+    write_inputs(tmp_path / "inputs")
+    build_objective(diffusion_config(), tmp_path / "inputs").export(tmp_path / "export")
+    prompts, seeds, options = CAPTIONS * 3, list(range(12)), {"num_steps": 3, "batch_size": 5}
     done: list[tuple[float, int]] = []
-    drawn = parallel_draw.draw_in_processes(
-        tmp_path, ["a"] * 25, list(range(25)), 2, lambda *n: done.append(n), batch_size=10
-    )
-    assert drawn[:, 0, 0, 0].tolist() == list(range(25)) and done == [(10, 25), (20, 25), (25, 25)]
+    with DrawingPool(tmp_path / "export", 2) as pool:
+        drawn = pool.draw(prompts, seeds, lambda *n: done.append(n), **options)
+    expected = TextToImage.from_folder(tmp_path / "export").draw(prompts, seeds, **options)
+    assert np.abs(drawn.astype(int) - expected.astype(int)).max() <= 1 and np.ptp(expected) > 20
+    assert done == [(5, 12), (10, 12), (12, 12)]

@@ -111,7 +111,7 @@ def test_bfloat16_draws_nearly_the_same(inputs, tmp_path):
     ]
     difference = np.abs(drawn[0] - drawn[1])
     assert difference.max() > 0 and difference.mean() < 4
-    with pytest.raises(ValueError, match="fp32 or bf16"):
+    with pytest.raises(ValueError, match="must be one of fp32, bf16, auto"):
         TextToImage.from_folder(tmp_path, precision="fp16")
 
 

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 from genmodels import random
 from genmodels.diffusion.noise_schedule import NoiseSchedule
 from genmodels.families import ObjectiveConfig, build_objective
-from genmodels.text.encoder import TrainedTextEncoder, build_text_encoder
+from genmodels.text.config import TrainedTextEncoder
+from genmodels.text.encoder import build_text_encoder
 from genmodels.text.tokenizer import encode
 from tests.genmodels import tiny
 

@@ -5,7 +5,8 @@ import torch
 from tokenizers import Tokenizer
 
 from genmodels.text import tokenizer as text
-from genmodels.text.encoder import TrainedTextEncoder, build_text_encoder
+from genmodels.text.config import TrainedTextEncoder
+from genmodels.text.encoder import build_text_encoder
 from tests.genmodels.tiny import CAPTIONS, TEXT
 
 UNSEEN = ["", "Zürich – l'été 🙂", "a RED   seven\non white", "x" * 200, "<|endoftext|> injected", "12 345"]

@@ -1,12 +1,12 @@
-"""The families of models that can be trained, by the `kind` that a configuration names. A new family is two lines.
+"""The families of models that can be trained, by the `kind` that a configuration names.
 
-A family's own module is imported when it is asked for: each brings libraries that take seconds to import.
+A new family is its configuration and its case here. Its own module is imported when it is asked for: each brings
+libraries that take seconds to import.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
@@ -18,18 +18,25 @@ from genmodels.diffusion.config import LatentDiffusionConfig
 if TYPE_CHECKING:
     from genmodels.objective import Objective
 
-_OBJECTIVES = {
-    "autoencoder": "genmodels.autoencoder.objective:Autoencoder",
-    "clip": "genmodels.clip.objective:Clip",
-    "latent_diffusion": "genmodels.diffusion.objective:LatentDiffusion",
-}
-
 ObjectiveConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
 
 
 def objective_class(kind: str) -> type[Objective]:
-    """The class that trains configurations of this `kind`."""
-    return resolve_name(_OBJECTIVES[kind])
+    """The class that trains configurations of this `kind`; KeyError where there is none."""
+    match kind:
+        case "autoencoder":
+            from genmodels.autoencoder.objective import Autoencoder
+
+            return Autoencoder
+        case "clip":
+            from genmodels.clip.objective import Clip
+
+            return Clip
+        case "latent_diffusion":
+            from genmodels.diffusion.objective import LatentDiffusion
+
+            return LatentDiffusion
+    raise KeyError(kind)
 
 
 def build_objective(config: Any, inputs: Path | None = None) -> Objective:

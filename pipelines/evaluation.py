@@ -17,6 +17,7 @@ from infra.errors import BadRequest, write_summary
 from pipelines.demo.digits import KEPT_OUT
 from pipelines.demo.evaluation import Draw, evaluate_digits, kept_out_prompts
 from pipelines.demo.report import galleries, write_report
+from pipelines.drawing_options import add_drawing_arguments, drawing_options
 from pipelines.generation import find_export
 from pipelines.pictures import grid_png
 
@@ -40,11 +41,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     add("--set", default="digits", choices=["digits"], help="what to measure on (default: %(default)s)")
     add("--count", type=int, default=1000, help="pictures to draw, a multiple of 20 (default: %(default)s)")
     add("--seed", type=int, default=0, help="picture i is drawn from seed·count + i (default: %(default)s)")
-    add("--num-steps", type=int, default=20, help="denoiser steps for each picture (default: %(default)s)")
-    add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
-    add("--sampler", default="ddim", choices=["ddpm", "ddim", "dpm_solver++"], help="(default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="pictures drawn at once (default: %(default)s)")
-    add("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="of the U-Net (default: %(default)s)")
+    add_drawing_arguments(parser)
     add(
         "--processes",
         type=int,
@@ -69,16 +66,15 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Raises BadRequest for a model, count or file that cannot be used.
     """
-    for name in ("num_steps", "batch_size", "processes"):
-        if getattr(arguments, name) < 1:
-            raise BadRequest(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+    if arguments.processes < 1:
+        raise BadRequest(f"--processes must be at least 1, not {arguments.processes}")
+    options = drawing_options(arguments)
     try:
         kept_out_prompts(arguments.count, arguments.seed)
     except ValueError as error:
         raise BadRequest(f"--count: {error}") from None
     facts, history = _read_json(arguments.facts, {}), _read_json(arguments.history, [])
     folder = find_export(arguments.model, arguments.tracking_uri)
-    options = {key: getattr(arguments, key) for key in ("num_steps", "guidance_scale", "sampler", "batch_size")}
     with ExitStack() as closing:
         draw, model = _drawing(folder, arguments.processes, arguments.precision, options, closing)
         evaluation = evaluate_digits(draw, model.image_size, arguments.count, arguments.seed)

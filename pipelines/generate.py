@@ -14,6 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a Ray job runs from a copy that is not installed
 
 from infra.errors import main_exit
+from pipelines.drawing_options import add_drawing_arguments
 
 
 def main() -> None:
@@ -32,10 +33,7 @@ def main() -> None:
         "the highest version (default: %(default)s)",
     )
     add("--tracking-uri", help="MLflow server for models:/… (default: MLFLOW_TRACKING_URI, else the local one)")
-    add("--num-steps", type=int, default=20, help="denoiser steps for each picture (default: %(default)s)")
-    add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
-    add("--sampler", default="ddim", choices=["ddpm", "ddim", "dpm_solver++"], help="(default: %(default)s)")
-    add("--batch-size", type=int, default=64, help="pictures drawn at once; it changes none (default: %(default)s)")
+    add_drawing_arguments(parser)
     add("--device", help="cpu, cuda, … (default: a GPU where there is one)")
     add("--out", metavar="FOLDER", default="out/generated", help="where the files go (default: %(default)s)")
     add("--summary", metavar="FILE", help="write paths and settings as one JSON object")

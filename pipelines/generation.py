@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from infra.errors import BadRequest, write_summary
 from infra.exports import export_kind, folder_digest
 from infra.storage import run_root
+from pipelines.drawing_options import drawing_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,15 +31,14 @@ def generate(arguments: argparse.Namespace) -> None:
     Raises:
         BadRequest: there are no prompts, a setting is out of range, or the model cannot be opened.
     """
-    for name in ("num_steps", "batch_size", "count"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise BadRequest(f"--{name.replace('_', '-')} is {value}, must be 1 or more")
+    settings = drawing_options(arguments)
+    if arguments.count is not None and arguments.count < 1:
+        raise BadRequest(f"--count must be at least 1, not {arguments.count}")
     seeds = _read_seeds(arguments.seeds)
     folder = find_export(arguments.model, arguments.tracking_uri)
     if export_kind(folder) != "text_to_image":
         raise BadRequest(f"{arguments.model} is an autoencoder, which draws nothing by itself; name a diffusion model")
-    model = _open(folder, arguments.device)
+    model = _open(folder, arguments.device, arguments.precision)
     prompts: list[str] | None = None
     if model.conditional:
         if arguments.count is not None:
@@ -53,17 +53,13 @@ def generate(arguments: argparse.Namespace) -> None:
         drawn_seeds = seeds or [arguments.seed + i for i in range(count)]
     if any(seed not in _SEEDS for seed in drawn_seeds):
         raise BadRequest("a seed is a whole number of at most 63 bits")
-    settings = {
-        "num_steps": arguments.num_steps,
-        "guidance_scale": arguments.guidance_scale,
-        "sampler": arguments.sampler,
-    }
     started = time.perf_counter()
-    images = _draw(model, prompts, drawn_seeds, arguments.negative, arguments.batch_size, settings)
+    images = _draw(model, prompts, drawn_seeds, arguments.negative, settings)
     seconds = time.perf_counter() - started
 
     origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
     out = Path(arguments.out).expanduser().absolute()
+    settings["precision"] = model.precision
     summary = {**origin, **settings, "negative_prompt": arguments.negative, "seconds": round(seconds, 2)}
     summary |= _write(out, images, prompts, drawn_seeds)
     write_summary(str(out / "generate.json"), summary)
@@ -120,13 +116,14 @@ def find_export(model: str, tracking_uri: str | None = None) -> Path:
     return resolve_reference(model, str(run_root()), tracking_uri)
 
 
-def _open(folder: Path, device: str | None) -> TextToImage:
+def _open(folder: Path, device: str | None, precision: str) -> TextToImage:
     import torch
 
     from genmodels.diffusion.pipeline import TextToImage
 
     try:
-        return TextToImage.from_folder(folder, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        return TextToImage.from_folder(folder, device, precision)
     except (ValueError, OSError) as error:
         raise BadRequest(f"{folder}: {error}") from error
 
@@ -136,7 +133,6 @@ def _draw(
     prompts: list[str] | None,
     seeds: list[int],
     negative: str | None,
-    batch_size: int,
     settings: dict[str, Any],
 ) -> np.ndarray:
     columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -147,7 +143,6 @@ def _draw(
                 prompts,
                 seeds,
                 negative_prompts=[negative] * len(seeds) if negative else None,
-                batch_size=batch_size,
                 progress=lambda done, total: bar.update(row, completed=int(done), total=total),
                 **settings,
             )

@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from genmodels.config import Section
 from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine"]
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 
 class UNetConfig(Section):
@@ -53,9 +53,14 @@ class LatentDiffusionConfig(Section):
         TrainedTextEncoder(), description="kind trained, pretrained or none (no condition)"
     )
     prediction_type: PredictionType = Field(
-        "v_prediction", description="what the U-Net predicts: epsilon, v_prediction or sample"
+        "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, or flow (flow matching)"
     )
-    noise_schedule: ScheduleName = Field("scaled_linear", description="linear, scaled_linear or cosine")
+    noise_schedule: ScheduleName = Field(
+        "scaled_linear", description="linear, scaled_linear, cosine, or flow with flow"
+    )
+    flow_shift: float = Field(
+        1.0, gt=0, description="of a flow: moves training and sampling towards the noise; 3 is usual for large images"
+    )
     zero_terminal_snr: bool = Field(
         False, description="end the schedule in pure noise, as sampling begins; not for epsilon"
     )
@@ -68,9 +73,13 @@ class LatentDiffusionConfig(Section):
         description="deviation of noise that is the same in all of a channel: helps very dark or bright images",
     )
     train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule")
-    timestep_bias: float = Field(
-        1.0, gt=0, description="training timesteps have a density of t^(bias-1): 1 is uniform, more favours noise"
+    timestep_sampling: Literal["power", "logit_normal"] = Field(
+        "power",
+        description="density of training timesteps: power is t^(timestep_bias-1), logit_normal favours the middle",
     )
+    timestep_bias: float = Field(1.0, gt=0, description="of power: 1 is uniform, more favours noise")
+    logit_mean: float = Field(0.0, description="of logit_normal: more favours noise")
+    logit_std: float = Field(1.0, gt=0, description="of logit_normal: how wide")
     condition_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for classifier-free guidance"
     )
@@ -80,6 +89,10 @@ class LatentDiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _predicts_something(self) -> LatentDiffusionConfig:
+        if (self.noise_schedule == "flow") != (self.prediction_type == "flow"):
+            raise ValueError("flow matching is prediction_type flow together with noise_schedule flow")
+        if self.zero_terminal_snr and self.noise_schedule == "flow":
+            raise ValueError("zero_terminal_snr is of diffusion schedules: a flow ends in pure noise without it")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction_type v_prediction or sample: pure noise tells no sample"
@@ -96,6 +109,6 @@ def export_layout(config: LatentDiffusionConfig) -> str:
     """Who opens the export: "Stable Diffusion" or "DDPMPipeline" (diffusers' pipelines), or "own" (only ours)."""
     if config.conditional and config.autoencoder is not None:
         return "Stable Diffusion"
-    if not config.conditional and config.autoencoder is None:
+    if not config.conditional and config.autoencoder is None and config.prediction_type != "flow":
         return "DDPMPipeline"
     return "own"

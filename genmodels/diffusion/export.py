@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from genmodels.diffusion.config import export_layout
 from genmodels.diffusion.objective import LatentDiffusion
@@ -28,8 +28,12 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
     parts: dict[str, tuple[str, str]] = {"unet": ("diffusers", type(unet).__name__)}
     unet.save_pretrained(folder / "unet", safe_serialization=True)
 
-    sampler_class = DDPMScheduler if layout == "DDPMPipeline" else DDIMScheduler
-    sampler: Any = sampler_class.from_config(objective.sampler_settings)
+    settings = objective.sampler_settings
+    sampler: Any
+    if objective.config.prediction_type == "flow":  # of what draws flows, what the Stable Diffusion pipeline can drive
+        sampler = DPMSolverMultistepScheduler.from_config({**settings, "algorithm_type": "dpmsolver++"})
+    else:
+        sampler = (DDPMScheduler if layout == "DDPMPipeline" else DDIMScheduler).from_config(settings)
     sampler.save_pretrained(folder / "scheduler")
     parts["scheduler"] = ("diffusers", type(sampler).__name__)
 

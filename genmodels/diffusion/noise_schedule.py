@@ -1,9 +1,11 @@
-"""The forward process of diffusion: q(x_t | x) = N(√ᾱ_t x, (1 − ᾱ_t) I), and what a network may predict of it.
+"""The forward process x_t = a_t x + b_t ε, and what a network may predict of it.
+
+Diffusion has a_t = √ᾱ_t and b_t = √(1 − ᾱ_t), for whole timesteps; a flow goes straight, a_t = 1 − t/T and b_t = t/T.
 
 Ho, Jain and Abbeel, "Denoising Diffusion Probabilistic Models" (NeurIPS 2020), eq. 4; the cosine schedule of Nichol
 and Dhariwal (ICML 2021), eq. 17; v of Salimans and Ho, "Progressive Distillation" (ICLR 2022), appendix D;
 schedules that end in pure noise of Lin et al., "Common Diffusion Noise Schedules and Sample Steps Are
-Flawed" (WACV 2024), algorithm 1.
+Flawed" (WACV 2024), algorithm 1. Straight flows: Liu, Gong and Liu (ICLR 2023), Lipman et al. (ICLR 2023).
 """
 
 from __future__ import annotations
@@ -42,52 +44,71 @@ def end_in_noise(alpha_bar: Tensor) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
-@dataclass(frozen=True)
 class NoiseSchedule:
-    """ᾱ_t for t = 0 … T−1, float64, and the closed forms that follow from it.
+    """a_t and b_t, and the closed forms that follow from them.
 
-    Methods take `timesteps` int64 (batch,) and tensors (batch, …); coefficients are computed in float64 and then
-    rounded to the tensors' type.
+    Methods take `timesteps` (batch,) and tensors (batch, …); coefficients are computed in float64 and then rounded to
+    the tensors' type.
     """
 
-    alpha_bar: Tensor
+    num_steps: int  # T
 
     @staticmethod
-    def named(name: ScheduleName, num_steps: int = 1000, zero_terminal_snr: bool = False) -> NoiseSchedule:
-        """The linear, scaled-linear or cosine schedule of `num_steps` steps; optionally one that ends in pure noise."""
-        alpha_bar = torch.cumprod(1 - betas(name, num_steps), dim=0)
-        return NoiseSchedule(end_in_noise(alpha_bar) if zero_terminal_snr else alpha_bar)
+    def named(
+        name: ScheduleName, num_steps: int = 1000, zero_terminal_snr: bool = False, flow_shift: float = 1.0
+    ) -> NoiseSchedule:
+        """A schedule of `num_steps` steps by its name.
 
-    def __len__(self) -> int:
-        return len(self.alpha_bar)
+        Args:
+            name: "linear", "scaled_linear", "cosine" or "flow".
+            num_steps: T.
+            zero_terminal_snr: end in pure noise, as a flow always does.
+            flow_shift: see `FlowSchedule`.
+        """
+        if name == "flow":
+            return FlowSchedule(num_steps, flow_shift)
+        alpha_bar = torch.cumprod(1 - betas(name, num_steps), dim=0)
+        return DiffusionSchedule(end_in_noise(alpha_bar) if zero_terminal_snr else alpha_bar)
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        """The timesteps at `position`, float64 (batch,) in [0, 1): 0 is clean, 1 is noise."""
+        raise TypeError
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """a_t and b_t, float64 (batch,)."""
+        raise TypeError
 
     def signal_and_noise(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1 − ᾱ_t), each (batch, 1, …) so that it multiplies `like`."""
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps].reshape(-1, *[1] * (like.dim() - 1))
-        return alpha_bar.sqrt().to(like.dtype), (1 - alpha_bar).sqrt().to(like.dtype)
+        """a_t and b_t, each (batch, 1, …) so that it multiplies `like`."""
+        signal, noise = (c.reshape(-1, *[1] * (like.dim() - 1)) for c in self.coefficients(timesteps))
+        return signal.to(like.dtype), noise.to(like.dtype)
 
     def min_snr_weight(self, prediction_type: PredictionType, timesteps: Tensor, gamma: float) -> Tensor:
         """Weights (batch,) float32 of squared errors of a prediction that amount to min(SNR, γ) on errors of x.
 
         Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy" (ICCV 2023), section 3.4. An error of
-        x is one of ε times 1/√SNR, and one of v times 1/√(SNR + 1).
+        x is one of ε times b/a, one of v times b (a² + b² = 1), and one of a flow times b (a + b = 1).
         """
-        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]
-        snr = alpha_bar / (1 - alpha_bar)
-        scale = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones_like(snr)}[prediction_type]
-        return (snr.clamp(max=gamma) / scale).float()
+        signal, noise = self.coefficients(timesteps)
+        snr = (signal / noise).square()
+        if prediction_type == "epsilon":
+            return (gamma / snr).clamp(max=1).float()
+        share = torch.ones_like(snr) if prediction_type == "sample" else noise.square()
+        return (snr.clamp(max=gamma) * share).float()
 
     def q_sample(self, x: Tensor, timesteps: Tensor, epsilon: Tensor) -> Tensor:
-        """x_t = √ᾱ_t x + √(1 − ᾱ_t) ε."""
+        """x_t = a_t x + b_t ε."""
         signal, noise = self.signal_and_noise(timesteps, x)
         return signal * x + noise * epsilon
 
     def target(self, prediction_type: PredictionType, x: Tensor, epsilon: Tensor, timesteps: Tensor) -> Tensor:
-        """What a network of `prediction_type` should answer: ε, v = √ᾱ_t ε − √(1 − ᾱ_t) x, or x."""
+        """What a network of `prediction_type` should answer: ε, v = a_t ε − b_t x, x, or the flow ε − x."""
         if prediction_type == "epsilon":
             return epsilon
         if prediction_type == "sample":
             return x
+        if prediction_type == "flow":
+            return epsilon - x
         signal, noise = self.signal_and_noise(timesteps, x)
         return signal * epsilon - noise * x
 
@@ -98,6 +119,8 @@ class NoiseSchedule:
         signal, noise = self.signal_and_noise(timesteps, x_t)
         if prediction_type == "epsilon":
             return (x_t - noise * prediction) / signal
+        if prediction_type == "flow":
+            return x_t - noise * prediction
         return signal * x_t - noise * prediction
 
     def to_epsilon(self, prediction_type: PredictionType, prediction: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
@@ -107,4 +130,43 @@ class NoiseSchedule:
         signal, noise = self.signal_and_noise(timesteps, x_t)
         if prediction_type == "sample":
             return (x_t - signal * prediction) / noise
+        if prediction_type == "flow":
+            return x_t + signal * prediction
         return noise * x_t + signal * prediction
+
+
+@dataclass(frozen=True)
+class DiffusionSchedule(NoiseSchedule):
+    """Variance-preserving diffusion: ᾱ_t for the whole timesteps t = 0 … T−1, float64."""
+
+    alpha_bar: Tensor
+
+    @property
+    def num_steps(self) -> int:  # type: ignore[override]
+        return len(self.alpha_bar)
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        return (position * self.num_steps).long().clamp_(max=self.num_steps - 1)
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        alpha_bar = self.alpha_bar.to(timesteps.device)[timesteps]
+        return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+@dataclass(frozen=True)
+class FlowSchedule(NoiseSchedule):
+    """The straight line from x (t = 0) to ε (t = T), for every t between.
+
+    With `shift` s, positions p are moved to s p / (1 + (s − 1) p), towards the noise: what large images need (Esser et
+    al., "Scaling Rectified Flow Transformers", ICML 2024, eq. 23).
+    """
+
+    num_steps: int = 1000
+    shift: float = 1.0
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        return self.num_steps * self.shift * position / (1 + (self.shift - 1) * position)
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        time = timesteps.double() / self.num_steps
+        return 1 - time, time

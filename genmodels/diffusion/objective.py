@@ -19,7 +19,7 @@ from genmodels import random
 from genmodels.diffusion.config import LatentDiffusionConfig, export_layout
 from genmodels.diffusion.network import ConditionalDenoiser, build_unet, example_inputs
 from genmodels.diffusion.noise_schedule import NoiseSchedule
-from genmodels.diffusion.sampler import make_sampler, sample, sampler_settings
+from genmodels.diffusion.sampler import Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.encoder import build_text_encoder, pretrained_width
@@ -59,7 +59,7 @@ class LatentDiffusion(Objective):
         }
         self.phases = [Phase("denoiser", self.loss)]
         self.noise_schedule = NoiseSchedule.named(
-            config.noise_schedule, config.train_timesteps, config.zero_terminal_snr
+            config.noise_schedule, config.train_timesteps, config.zero_terminal_snr, config.flow_shift
         )
         self.empty_ids = None if tokenizer is None else encode(tokenizer, [""])  # (1, length)
 
@@ -98,8 +98,7 @@ class LatentDiffusion(Objective):
 
         Logged are `loss`, with these weights, and the plain errors by timestep.
         """
-        position = random.uniform(batch["seeds"], (), "timesteps") ** (1 / self.config.timestep_bias)
-        timesteps = (position * self.config.train_timesteps).long().clamp_(max=self.config.train_timesteps - 1)
+        timesteps = self.noise_schedule.timesteps(self._positions(batch["seeds"]))
         per_sample = self._errors(batch, self.latents(batch), timesteps, self.condition(batch, dropout=True))
         by_timestep = self._by_timestep(per_sample, timesteps, batch)
         if self.config.min_snr_gamma is not None:
@@ -116,7 +115,7 @@ class LatentDiffusion(Objective):
         position = random.uniform(batch["seeds"], (), "timesteps")
         parts = []
         for quarter in range(TIMESTEP_BINS):
-            timesteps = ((quarter + position) / TIMESTEP_BINS * self.config.train_timesteps).long()
+            timesteps = self.noise_schedule.timesteps((quarter + position) / TIMESTEP_BINS)
             per_sample = self._errors(batch, latents, timesteps, condition)
             parts.append(
                 {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
@@ -171,7 +170,7 @@ class LatentDiffusion(Objective):
             min(self.config.preview_steps, self.config.train_timesteps - 1),
             condition,
             negative,
-            self.config.preview_guidance_scale,
+            Guidance(self.config.preview_guidance_scale),
         )
         titles = list(batch["captions"][:count]) if self.config.conditional else []
         return Preview(self.decode(latents).clamp(-1, 1), titles)
@@ -226,7 +225,19 @@ class LatentDiffusion(Objective):
             self.config.train_timesteps,
             clip=self.config.autoencoder is None,
             zero_terminal_snr=self.config.zero_terminal_snr,
+            flow_shift=self.config.flow_shift,
         )
+
+    def _positions(self, seeds: Tensor) -> Tensor:
+        """Where in the schedule to train, float64 (batch,) in (0, 1): 1 is noise.
+
+        The logit-normal density is that of Esser et al., "Scaling Rectified Flow Transformers" (ICML 2024), eq. 19.
+        """
+        config = self.config
+        if config.timestep_sampling == "logit_normal":
+            normal = random.normal(seeds, (), "timesteps", torch.float64)
+            return torch.sigmoid(config.logit_mean + config.logit_std * normal)
+        return random.uniform(seeds, (), "timesteps") ** (1 / config.timestep_bias)
 
     def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
         """Mean squared error of each sample's prediction, float32 (batch,)."""
@@ -239,7 +250,7 @@ class LatentDiffusion(Objective):
         return (self.denoiser(noisy, timesteps, condition) - target).square().flatten(1).mean(1)
 
     def _by_timestep(self, per_sample: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, Mean]:
-        bins = timesteps * TIMESTEP_BINS // self.config.train_timesteps
+        bins = (timesteps * TIMESTEP_BINS / self.config.train_timesteps).long()
         return {f"loss_t{k}": Mean.of(per_sample, batch["weight"] * (bins == k)) for k in range(TIMESTEP_BINS)}
 
     def _empty(self, like: Tensor) -> Tensor:

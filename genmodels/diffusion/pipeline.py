@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels.diffusion.network import ConditionalDenoiser
-from genmodels.diffusion.sampler import SamplerName, make_sampler, sample
+from genmodels.diffusion.sampler import Guidance, SamplerName, make_sampler, sample
 from genmodels.precision import autocast, resolve_precision
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
@@ -101,6 +101,9 @@ class TextToImage:
         sampler: SamplerName = "ddim",
         batch_size: int = 64,
         progress: Callable[[float, int], None] | None = None,
+        eta: float = 0.0,
+        guidance_rescale: float = 0.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
     ) -> np.ndarray:
         """Draw one picture per prompt and seed.
 
@@ -110,16 +113,18 @@ class TextToImage:
             negative_prompts: one per picture, what to steer away from; None is the empty text.
             num_steps: denoising steps.
             guidance_scale: 1 is the conditional model; more follows the prompt more closely.
-            sampler: ddpm, ddim or dpm_solver++.
+            sampler: ddpm, ddim, dpm_solver++, euler, heun or euler_ancestral; see `make_sampler`.
             batch_size: pictures drawn together; it changes speed and memory, not the pictures.
             progress: called after each step with the pictures drawn so far (fractions count) and their total.
+            eta: of ddim, 0 … 1: how much of each step's noise is drawn anew.
+            guidance_rescale, guidance_interval: see `Guidance`.
 
         Returns:
             uint8 (pictures, height, width, 3).
 
         Raises:
             ValueError: prompts, negative prompts and seeds differ in number, prompts are given to an unconditional
-                model or missing for a conditional one, or sampler or num_steps are not possible.
+                model or missing for a conditional one, or a setting of the sampler or the guidance is not possible.
         """
         if self.conditional and len(prompts or ()) != len(seeds):
             raise ValueError(f"needs one prompt per seed: {len(prompts or ())} for {len(seeds)} seeds")
@@ -129,6 +134,7 @@ class TextToImage:
             raise ValueError(f"needs one negative prompt per seed: {len(negative_prompts)} for {len(seeds)} seeds")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be 1 or more")
+        guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         pictures = [np.empty((0, self.image_size, self.image_size, 3), dtype=np.uint8)]
         for start in range(0, len(seeds), batch_size):
             part = slice(start, min(start + batch_size, len(seeds)))
@@ -137,12 +143,12 @@ class TextToImage:
             if condition is not None:
                 negative = self._features([""] * len(condition) if negative_prompts is None else negative_prompts[part])
 
-            def on_step(done: int, part: slice = part) -> None:
+            def on_step(done: float, part: slice = part) -> None:
                 if progress is not None:
                     progress(part.start + (part.stop - part.start) * done / num_steps, len(seeds))
 
-            stepper = make_sampler(sampler, self.sampler_settings)
-            pictures.append(self._draw(seeds[part], stepper, num_steps, condition, negative, guidance_scale, on_step))
+            stepper = make_sampler(sampler, self.sampler_settings, eta)
+            pictures.append(self._draw(seeds[part], stepper, num_steps, condition, negative, guidance, on_step))
         return np.concatenate(pictures)
 
     def _draw(
@@ -152,8 +158,8 @@ class TextToImage:
         num_steps: int,
         condition: Tensor | None,
         negative: Tensor | None,
-        guidance_scale: float,
-        on_step: Callable[[int], None],
+        guidance: Guidance,
+        on_step: Callable[[float], None],
     ) -> np.ndarray:
         unet: Any = self.denoiser.unet
         latents = sample(
@@ -164,7 +170,7 @@ class TextToImage:
             num_steps,
             condition,
             negative,
-            guidance_scale,
+            guidance,
             on_step,
         )
         if self.autoencoder is not None:

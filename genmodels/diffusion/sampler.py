@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    HeunDiscreteScheduler,
+)
 from torch import Tensor
 
 from genmodels.diffusion.config import PredictionType, ScheduleName
+from genmodels.diffusion.ddim import DDIMSampler, EulerAncestralSampler, FlowSampler, ddim_step, seeded
 from genmodels.diffusion.noise_schedule import SCHEDULES
 from genmodels.random import derive_seeds, normal
 
-SamplerName = Literal["ddpm", "ddim", "dpm_solver++"]
-
-
-class DDIMSampler(DDIMScheduler):
-    """Deterministic DDIM whose every step ends at the timestep where the next begins (Song et al. 2021, eq. 12).
-
-    diffusers' own step goes to t − T // n: the same where n divides T, and slightly off the grid elsewhere, so that
-    the last step may leave noise behind.
-    """
-
-    def step(
-        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, return_dict: bool = False
-    ) -> tuple[Tensor]:
-        """One step; returns the next latents alone. `generator` is not read: no noise is drawn."""
-        later = self.timesteps[self.timesteps < timestep]
-        alpha_bar = self.alphas_cumprod[timestep.cpu()]
-        next_alpha_bar = self.alphas_cumprod[later[0].cpu()] if len(later) else self.final_alpha_cumprod
-        signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        if self.config.prediction_type == "epsilon":
-            clean, epsilon = (sample - noise * model_output) / signal, model_output
-        elif self.config.prediction_type == "v_prediction":
-            clean, epsilon = signal * sample - noise * model_output, signal * model_output + noise * sample
-        else:
-            clean, epsilon = model_output, (sample - signal * model_output) / noise
-        if self.config.clip_sample:
-            clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-        return (next_alpha_bar.sqrt() * clean + (1 - next_alpha_bar).sqrt() * epsilon,)
-
+SamplerName = Literal["ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral"]
 
 SAMPLERS: dict[str, type] = {
     "ddpm": DDPMScheduler,
     "ddim": DDIMSampler,
     "dpm_solver++": DPMSolverMultistepScheduler,
+    "euler": EulerDiscreteScheduler,
+    "heun": HeunDiscreteScheduler,
+    "euler_ancestral": EulerAncestralSampler,
 }
+# Along a straight flow, DDIM is Euler's method, and both ancestral samplers are DDIM with eta 1.
+FLOW_SAMPLERS: dict[str, type] = {
+    "ddpm": FlowSampler,
+    "ddim": FlowSampler,
+    "dpm_solver++": DPMSolverMultistepScheduler,
+    "euler": FlowSampler,
+    "heun": FlowMatchHeunDiscreteScheduler,
+    "euler_ancestral": FlowSampler,
+}
+_DRAW_NOISE = (DDPMScheduler, DDIMSampler, EulerAncestralSampler, FlowSampler)
 
 Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """denoise(latents (batch, …), timesteps (batch,), condition (batch, …) | None) -> prediction like the latents."""
@@ -58,6 +52,7 @@ def sampler_settings(
     train_timesteps: int = 1000,
     clip: bool = False,
     zero_terminal_snr: bool = False,
+    flow_shift: float = 1.0,
 ) -> dict[str, Any]:
     """The settings that training fixes, as diffusers names them; a model's export and our own sampling share them.
 
@@ -65,6 +60,13 @@ def sampler_settings(
     Sample Steps Are Flawed", WACV 2024), save where ε is predicted on the cosine schedule: there x = (x_t − …ε)/√ᾱ_T
     divides by 5e-5, and the first steps would be noise.
     """
+    if noise_schedule == "flow":
+        return {
+            "num_train_timesteps": train_timesteps,
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": flow_shift,
+        }
     name, first, last = SCHEDULES[noise_schedule]
     spacing = "leading" if (prediction_type, noise_schedule) == ("epsilon", "cosine") else "trailing"
     return {
@@ -81,37 +83,92 @@ def sampler_settings(
     }
 
 
-def make_sampler(name: SamplerName, settings: dict[str, Any]) -> Any:
+def make_sampler(name: SamplerName, settings: dict[str, Any], eta: float = 0.0) -> Any:
     """A fresh diffusers sampler; it keeps state from step to step, so each drawing makes its own.
 
     Args:
-        name: "ddpm" (ancestral), "ddim" (deterministic; Song et al. 2021) or "dpm_solver++" (second order, multistep;
-            Lu et al. 2022).
+        name: "ddpm" (ancestral), "ddim" (Song et al. 2021), "dpm_solver++" (second order, multistep; Lu et al. 2022),
+            "euler", "heun" (second order, two passes a step; both Karras et al. 2022) or "euler_ancestral".
         settings: as `sampler_settings` gives, or the `config` of a sampler that a model was saved with.
+        eta: of "ddim" alone, 0 … 1: how much of each step's noise is drawn anew; 0 is deterministic.
 
     Raises:
-        ValueError: no sampler of that name.
+        ValueError: no sampler of that name, an eta that it does not take, or a model that it cannot draw from.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
-    own = {"algorithm_type": "dpmsolver++", "solver_order": 2} if name == "dpm_solver++" else {}
+    if not 0 <= eta <= 1 or (eta and name != "ddim"):
+        raise ValueError(f"eta is {eta} with sampler {name}: only ddim takes one, from 0 to 1")
+    flow = settings.get("prediction_type") == "flow_prediction"
     known = {key: value for key, value in settings.items() if not key.startswith("_")}
-    return SAMPLERS[name].from_config({**known, **own})  # type: ignore[attr-defined]
+    if name == "dpm_solver++":
+        known |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
+    elif flow:
+        known = {"num_train_timesteps": known["num_train_timesteps"], "shift": known.get("flow_shift", 1.0)}
+    elif name == "heun" and known.get("rescale_betas_zero_snr"):
+        raise ValueError("heun cannot start from pure noise (zero_terminal_snr): use ddim, euler or dpm_solver++")
+    predicts_sample = name == "euler_ancestral" and known.get("prediction_type") == "sample"
+    if predicts_sample:
+        known["prediction_type"] = "epsilon"
+    sampler: Any = (FLOW_SAMPLERS if flow else SAMPLERS)[name].from_config(known)  # type: ignore[attr-defined]
+    if isinstance(sampler, (DDIMSampler, FlowSampler)):
+        sampler.eta = 1.0 if name in ("ddpm", "euler_ancestral") else eta
+    elif isinstance(sampler, EulerAncestralSampler):
+        sampler.predicts_sample = predicts_sample
+    return sampler
 
 
-def guided(denoise: Denoise, condition: Tensor | None, negative: Tensor | None, guidance_scale: float) -> Denoise:
-    """Classifier-free guidance, u + s (c − u), as one pass over a doubled batch (Ho and Salimans 2022, eq. 6).
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance, u + s (c − u) (Ho and Salimans 2022, eq. 6).
 
-    With `guidance_scale` 1, or without a negative condition, it is the conditional model in a single pass.
+    Raises ValueError where a value is out of range.
     """
-    if condition is None or negative is None or guidance_scale == 1:
-        return lambda latents, timesteps, _: denoise(latents, timesteps, condition)
-    both = torch.cat([negative, condition])
+
+    scale: float = 1.0
+    """s: 1 is the conditional model; more follows the condition more closely."""
+    rescale: float = 0.0
+    """0 … 1: how far the result's deviation is brought back to that of c (Lin et al. 2024, section 3.4)."""
+    interval: tuple[float, float] = (0.0, 1.0)
+    """Guide only where t/T is in it; 1 is pure noise (Kynkäänniemi et al., "Applying Guidance in a Limited Interval
+    Improves Sample and Distribution Quality in Diffusion Models", NeurIPS 2024)."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rescale <= 1:
+            raise ValueError(f"guidance_rescale is {self.rescale}, must be from 0 to 1")
+        if not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise ValueError(f"guidance_interval is {self.interval}, must be LOW < HIGH from 0 (clean) to 1 (noise)")
+
+    def combine(self, unconditional: Tensor, conditional: Tensor) -> Tensor:
+        """The guided prediction, (batch, …) like the two that it is made of."""
+        result = unconditional + self.scale * (conditional - unconditional)
+        if self.rescale == 0:
+            return result
+        axes = tuple(range(1, result.dim()))
+        ratio = conditional.std(axes, keepdim=True) / result.std(axes, keepdim=True)
+        return result * (1 + self.rescale * (ratio - 1))
+
+
+def guided(
+    denoise: Denoise,
+    condition: Tensor | None,
+    negative: Tensor | None,
+    guidance: Guidance,
+    train_timesteps: int = 1000,
+) -> Denoise:
+    """The guided model, as one pass over a doubled batch.
+
+    With a scale of 1, outside the interval, or without a negative condition, it is the conditional model in one pass.
+    """
+    both = None if condition is None or negative is None else torch.cat([negative, condition])
+    low, high = (bound * train_timesteps for bound in guidance.interval)
 
     def denoise_guided(latents: Tensor, timesteps: Tensor, _: Tensor | None) -> Tensor:
+        # All samples of a drawing are at the same timestep.
+        if both is None or guidance.scale == 1 or not low <= float(timesteps[0]) <= high:
+            return denoise(latents, timesteps, condition)
         doubled = denoise(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
-        unconditional, conditional = doubled.chunk(2)
-        return unconditional + guidance_scale * (conditional - unconditional)
+        return guidance.combine(*doubled.chunk(2))
 
     return denoise_guided
 
@@ -124,8 +181,9 @@ def sample(
     num_steps: int,
     condition: Tensor | None = None,
     negative: Tensor | None = None,
-    guidance_scale: float = 1.0,
-    on_step: Callable[[int], None] | None = None,
+    guidance: Guidance = Guidance(),
+    on_step: Callable[[float], None] | None = None,
+    initial: Tensor | None = None,
 ) -> Tensor:
     """Draw one sample per seed; each depends on its own seed and condition, not on the batch.
 
@@ -136,8 +194,9 @@ def sample(
         sampler: from `make_sampler`.
         num_steps: denoising steps, 1 … the model's training timesteps.
         condition, negative: (batch, …) each, what to draw and what to steer away from.
-        guidance_scale: 1 is the conditional model; more follows the condition more closely.
-        on_step: called with the number of steps done.
+        guidance: how strongly.
+        on_step: called with the number of steps done; Heun's steps count half of each pass.
+        initial: noise to begin with, (batch, *shape) standard normal, in place of the seeds'; what `invert` gives.
 
     Returns:
         float32 (batch, *shape).
@@ -145,18 +204,63 @@ def sample(
     Raises:
         ValueError: `num_steps` is out of range.
     """
-    limit = sampler.config.num_train_timesteps - (sampler.config.timestep_spacing == "leading")
+    limit = sampler.config.num_train_timesteps - (sampler.config.get("timestep_spacing") == "leading")
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps is {num_steps}, this model takes 1 to {limit}")
-    denoise = guided(denoise, condition, negative, guidance_scale)
+    denoise = guided(denoise, condition, negative, guidance, sampler.config.num_train_timesteps)
     sampler.set_timesteps(num_steps, device=seeds.device)
-    # Ancestral steps draw further noise: one generator per sample, on the CPU so that every device draws the same.
-    generators = [torch.Generator().manual_seed(seed & (2**63 - 1)) for seed in derive_seeds(seeds, "sampler").tolist()]
-    latents = normal(seeds, shape, "initial") * sampler.init_noise_sigma
+    noise = {"generator": seeded(derive_seeds(seeds, "sampler"))} if isinstance(sampler, _DRAW_NOISE) else {}
+    latents = normal(seeds, shape, "initial") if initial is None else initial
+    latents = latents * getattr(sampler, "init_noise_sigma", 1.0)
     for index, timestep in enumerate(sampler.timesteps):
-        timesteps = timestep.expand(len(seeds))
-        prediction = denoise(sampler.scale_model_input(latents, timestep), timesteps, None).float()
-        latents = sampler.step(prediction, timestep, latents, generator=generators, return_dict=False)[0]
+        scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
+        prediction = denoise(scaled, timestep.expand(len(seeds)), None).float()
+        latents = sampler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         if on_step is not None:
-            on_step(index + 1)
+            on_step((index + 1) * num_steps / len(sampler.timesteps))
+    return latents
+
+
+def invert(
+    denoise: Denoise,
+    latents: Tensor,
+    sampler: Any,
+    num_steps: int,
+    condition: Tensor | None = None,
+    iterations: int = 5,
+) -> Tensor:
+    """The noise from which DDIM draws given latents: `sample(…, initial=invert(…))` gives them back.
+
+    Each step is undone by fixed-point iteration on the step itself, so that what comes back differs only as far as that
+    has not converged (Pan et al., "Effective Real Image Editing with Accelerated Iterative Diffusion Inversion", ICCV
+    2023).
+
+    Args:
+        denoise: the model, without guidance.
+        latents: (batch, channels, height, width), clean.
+        sampler: "ddim" of `make_sampler` with eta 0; for a flow "euler" as well.
+        num_steps: steps, the same as for drawing.
+        condition: (batch, …), as for drawing.
+        iterations: passes for each step.
+
+    Returns:
+        float32, shaped like the latents: the value of `initial` for `sample`.
+
+    Raises:
+        ValueError: the sampler is not deterministic DDIM.
+    """
+    if not isinstance(sampler, (DDIMSampler, FlowSampler)) or sampler.eta:
+        raise ValueError("only ddim with eta 0 can be inverted")
+    sampler.set_timesteps(num_steps, device=latents.device)
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for timestep in sampler.timesteps.flip(0):
+        end = latents
+        # For a given prediction p a step is x_s = A x_t + B p. A is 0 where x itself is predicted and x_s is clean.
+        gain, share = (ddim_step(*sampler.split(p, timestep, x)) for x, p in ((one, zero), (zero, one)))
+        for _ in range(iterations):
+            prediction = denoise(latents, timestep.expand(len(latents)), condition).float()
+            if gain > 1e-3:
+                latents = ((end - share * prediction) / gain).float()
+            else:
+                latents = latents + sampler.split(prediction, timestep, latents)[2][0] * (end - prediction)
     return latents

@@ -170,12 +170,7 @@ class RunHooks:
             self.logger.flush()  # a run resumed from here does not log these steps again
         if self.audit is not None:
             self.audit.write()
-        facts = {
-            **self.facts,
-            "bad_samples": self.bad_samples,
-            "precision": trainer.precision,
-            "finished": last,
-        }
+        facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last}
         if last:
             throughput = trainer.throughput
             facts["figures"] = finite(

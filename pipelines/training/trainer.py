@@ -199,7 +199,12 @@ class Trainer:
             for name, module in self.objective.networks.items()
             for key, buffer in _buffers(module).items()
         }
-        facts = {**facts, "slots": step * self.config.data.global_batch_size, "skipped_in_a_row": self.skipped_in_a_row}
+        facts = {
+            **facts,
+            "slots": step * self.config.data.global_batch_size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "precision": self.precision,
+        }
         return take_snapshot(step, self.networks, own, facts)
 
     def restore(self, checkpoint: Any) -> int:

@@ -106,7 +106,7 @@ def test_unconditional_models_take_a_count(run, unconditional):
     [
         (["--model", "EXPORT"], "no prompts"),
         (["x", "--seeds", "1,b", "--model", "EXPORT"], "whole numbers"),
-        (["x", "--batch-size", "0", "--model", "EXPORT"], "--batch-size is 0"),
+        (["x", "--batch-size", "0", "--model", "EXPORT"], "--batch-size must be at least 1"),
         (["x", "--file", "/nowhere.txt", "--model", "EXPORT"], "cannot be read"),
         (["x", "--model", "/nowhere"], "no such folder"),
         (["x", "--count", "2", "--model", "EXPORT"], "--count is for unconditional"),

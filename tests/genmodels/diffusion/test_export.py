@@ -11,9 +11,12 @@ import torch
 from genmodels import random
 from genmodels.diffusion.config import export_layout
 from genmodels.diffusion.pipeline import TextToImage
+from genmodels.diffusion.sampler import SAMPLERS
 from genmodels.families import build_objective
 from tests.genmodels import tiny
 
+FLOW = {"prediction_type": "flow", "noise_schedule": "flow", "flow_shift": 2.0}
+PIXELS = {"autoencoder": None, "text_encoder": {"kind": "none"}}
 PROMPTS, NEGATIVE, SEEDS = tiny.CAPTIONS[:3], ["green", "", "paper"], [3, 4, 5]
 
 
@@ -33,8 +36,8 @@ def exported(inputs, folder, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}],
-    ids=["v_prediction", "epsilon", "epsilon-cosine"],
+    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}, FLOW],
+    ids=["v_prediction", "epsilon", "epsilon-cosine", "flow"],
 )
 def test_stable_diffusion_layout(inputs, tmp_path, changes):
     from diffusers import StableDiffusionPipeline
@@ -42,12 +45,13 @@ def test_stable_diffusion_layout(inputs, tmp_path, changes):
     _, facts = exported(inputs, tmp_path, **changes)
     assert facts["layout"] == "Stable Diffusion"
     assert not [p for p in tmp_path.rglob("*") if p.suffix in {".bin", ".pt", ".pkl", ".ckpt"}]
+    sampler = "dpm_solver++" if changes is FLOW else "ddim"
     ours, theirs = TextToImage.from_folder(tmp_path), StableDiffusionPipeline.from_pretrained(tmp_path)
     theirs.set_progress_bar_config(disable=True)
     latents = random.normal(torch.tensor(SEEDS), (4, 4, 4), "initial")
     # Where the steps do not divide 1000, diffusers' own step is a timestep off the grid (see DDIMSampler).
     for num_steps, levels in ((5, 0.5), (20, 0.5), (6, 16)):
-        drawn = ours.draw(PROMPTS, SEEDS, NEGATIVE, num_steps=num_steps, guidance_scale=3.0)
+        drawn = ours.draw(PROMPTS, SEEDS, NEGATIVE, num_steps=num_steps, guidance_scale=3.0, sampler=sampler)
         images = theirs(
             PROMPTS,
             negative_prompt=NEGATIVE,
@@ -64,7 +68,7 @@ def test_ddpm_layout(inputs, tmp_path, monkeypatch):
     from diffusers import DDPMPipeline
     from diffusers.pipelines.ddpm import pipeline_ddpm
 
-    _, facts = exported(inputs, tmp_path, autoencoder=None, text_encoder={"kind": "none"})
+    _, facts = exported(inputs, tmp_path, **PIXELS)
     assert facts["layout"] == "DDPMPipeline"
     ours = TextToImage.from_folder(tmp_path).draw(None, SEEDS, num_steps=5, sampler="ddpm")
     initial = random.normal(torch.tensor(SEEDS), (3, 16, 16), "initial")
@@ -78,7 +82,9 @@ def test_ddpm_layout(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"autoencoder": None}, {"text_encoder": {"kind": "none"}}], ids=["pixels", "latents"]
+    "changes",
+    [{"autoencoder": None}, {"text_encoder": {"kind": "none"}}, PIXELS | FLOW],
+    ids=["pixels", "latents", "unconditional flow"],
 )
 def test_own_layout_opens_with_our_pipeline(inputs, tmp_path, changes):
     objective, facts = exported(inputs, tmp_path, **changes)
@@ -88,16 +94,17 @@ def test_own_layout_opens_with_our_pipeline(inputs, tmp_path, changes):
     assert model.draw(prompts, SEEDS, num_steps=2).shape == (3, 16, 16, 3)
 
 
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm_solver++"])
-def test_a_picture_depends_on_prompt_and_seed_alone(inputs, tmp_path, sampler):
-    exported(inputs, tmp_path)
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+@pytest.mark.parametrize("changes", [{}, FLOW], ids=["diffusion", "flow"])
+def test_a_picture_depends_on_prompt_and_seed_alone(inputs, tmp_path, sampler, changes):
+    exported(inputs, tmp_path, **changes)
     model = TextToImage.from_folder(tmp_path)
     done: list[float] = []
     options = {"num_steps": 4, "sampler": sampler}
     together = model.draw(PROMPTS, SEEDS, **options, progress=lambda drawn, total: done.append(drawn / total))
     alone = model.draw(PROMPTS, SEEDS, **options, batch_size=1)
     assert np.abs(together.astype(int) - alone).max() <= 1  # one grey level where rounding falls the other way
-    assert done == [0.25, 0.5, 0.75, 1.0]
+    assert done == ([i / 7 for i in range(1, 8)] if sampler == "heun" else [0.25, 0.5, 0.75, 1.0])
     seeded = model.draw([PROMPTS[0]] * 2, [3, 99], **options)
     same, other = (np.abs(picture.astype(int) - together[0]).max() for picture in seeded)
     assert same <= 1 < other

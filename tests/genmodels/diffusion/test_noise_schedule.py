@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from genmodels.diffusion.noise_schedule import SCHEDULES, NoiseSchedule, betas
+from genmodels.diffusion.noise_schedule import SCHEDULES, FlowSchedule, NoiseSchedule, betas
 
 NAMES = sorted(SCHEDULES)
 
@@ -79,3 +79,37 @@ def test_min_snr_weighs_one_error_of_the_sample_alike_whatever_is_predicted(name
         errors = (told - schedule.target(prediction_type, x, epsilon, timesteps)).square().flatten(1).mean(1)
         weight = schedule.min_snr_weight(prediction_type, timesteps, 5.0)
         torch.testing.assert_close(weight * errors, expected, rtol=1e-5, atol=1e-12)
+
+
+def test_a_flow_is_a_straight_line_whose_prediction_gives_back_sample_and_noise():
+    schedule = FlowSchedule()
+    x, epsilon = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    timesteps = torch.linspace(0, 1000, 64, dtype=torch.float64)
+    x_t = schedule.q_sample(x, timesteps, epsilon)
+    assert x_t[0].equal(x[0]) and x_t[-1].equal(epsilon[-1])
+    flow = schedule.target("flow", x, epsilon, timesteps)
+    torch.testing.assert_close(schedule.q_sample(x, timesteps + 1, epsilon) - x_t, flow / 1000, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.to_sample("flow", flow, x_t, timesteps), x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.to_epsilon("flow", flow, x_t, timesteps), epsilon, rtol=0, atol=1e-9)
+
+
+def test_the_flow_between_gaussians_is_the_least_squares_answer():
+    """From N(0, s²) at u = 1 to N(0, 1) at u = 0: the field (u s² − (1−u)) x / ((1−u)² + u² s²), with u = 1 − t/T."""
+    schedule, deviation, count = FlowSchedule(), 0.5, 400_000
+    generator = torch.Generator().manual_seed(0)
+    x = deviation * torch.randn(count, 1, dtype=torch.float64, generator=generator)
+    epsilon = torch.randn(count, 1, dtype=torch.float64, generator=generator)
+    for u in (0.1, 0.5, 0.8):
+        timesteps = torch.full((count,), 1000 * (1 - u), dtype=torch.float64)
+        x_t, flow = schedule.q_sample(x, timesteps, epsilon), schedule.target("flow", x, epsilon, timesteps)
+        slope = (x_t * flow).mean() / x_t.square().mean()
+        known = -(u * deviation**2 - (1 - u)) / ((1 - u) ** 2 + u**2 * deviation**2)  # ours points to the noise
+        residual = (flow - slope * x_t).std() / x_t.std() / count**0.5
+        assert abs(slope - known) < 4 * residual
+
+
+def test_shifted_flows_are_those_of_diffusers():
+    ours = FlowSchedule(1000, shift=3.0).timesteps(torch.tensor([1.0, 0.5, 0.25], dtype=torch.float64))
+    theirs = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    theirs.set_timesteps(sigmas=[1.0, 0.5, 0.25])
+    torch.testing.assert_close(ours.float(), theirs.timesteps, rtol=1e-6, atol=0)

@@ -85,6 +85,39 @@ def test_offset_noise_is_one_number_for_each_channel_of_a_sample(inputs, batch, 
     assert added.mean((2, 3)).std() == pytest.approx(0.5, rel=0.5)
 
 
+def test_logit_normal_timesteps_have_the_quantiles_that_are_documented(inputs):
+    config = tiny.diffusion_config(timestep_sampling="logit_normal", logit_mean=0.5, logit_std=0.8, autoencoder=None)
+    positions = build_objective(config, inputs)._positions(torch.arange(40_000))
+    for quantile in (0.1, 0.5, 0.9):
+        expected = torch.sigmoid(0.5 + 0.8 * torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64)))
+        assert positions.quantile(quantile) == pytest.approx(expected.item(), abs=0.01)
+
+
+def test_flow_matching_is_the_error_of_the_velocity(inputs, batch):
+    config = tiny.diffusion_config(prediction_type="flow", noise_schedule="flow", condition_dropout=0.0)
+    objective = build_objective(config, inputs)
+    latents, seeds = objective.latents(batch), batch["seeds"]
+    noise, time = random.normal(seeds, latents.shape[1:], "noise"), random.uniform(seeds, (), "timesteps")
+    share = time.float()[:, None, None, None]
+    with torch.no_grad():
+        predicted = objective.denoiser((1 - share) * latents + share * noise, 1000 * time, batch["token_ids"])
+        expected = (predicted - (noise - latents)).square().mean()
+        torch.testing.assert_close(objective.loss(batch).loss, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prediction_type": "flow"}, "prediction_type flow together with noise_schedule flow"),
+        ({"noise_schedule": "flow"}, "prediction_type flow together with noise_schedule flow"),
+        ({"prediction_type": "flow", "noise_schedule": "flow", "zero_terminal_snr": True}, "ends in pure noise"),
+    ],
+)
+def test_flows_are_asked_for_whole(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        tiny.diffusion_config(**changes)
+
+
 def test_pure_noise_and_epsilon_do_not_go_together():
     with pytest.raises(ValidationError, match="zero_terminal_snr needs prediction_type v_prediction or sample"):
         tiny.diffusion_config(zero_terminal_snr=True, prediction_type="epsilon")
@@ -176,8 +209,11 @@ def test_a_frozen_text_encoder_stays_outside_the_denoiser(inputs, tmp_path):
     assert objective.flops_per_sample() > 0
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("noise_schedule", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize(
+    ("prediction_type", "noise_schedule"),
+    [(p, s) for p in ("epsilon", "v_prediction", "sample") for s in ("linear", "scaled_linear", "cosine")]
+    + [("flow", "flow")],
+)
 def test_pixels_without_condition_train_and_preview(prediction_type, noise_schedule):
     config = tiny.diffusion_config(
         autoencoder=None, text_encoder={"kind": "none"}, prediction_type=prediction_type,

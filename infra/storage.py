@@ -16,12 +16,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import fsspec
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from fsspec.implementations.local import LocalFileSystem
 
 from infra.errors import BadRequest
 
+ERRORS = (OSError, BotoCoreError, ClientError, aiohttp.ClientError)
+"""What storage raises when it does not answer as it should: s3fs makes OSErrors of some, and lets others through."""
 _FILES_AT_ONCE = 64  # open files and sockets per call, however large the folder
 
 
@@ -217,7 +220,7 @@ def check_access(url: str, write: bool = False) -> None:
         raise BadRequest(
             f"no bucket {bucket} at {endpoint}; create it, or set AWS_ENDPOINT_URL to the server that holds it"
         ) from error
-    except (OSError, BotoCoreError, ClientError) as error:
+    except ERRORS as error:
         reason = " ".join(str(error).split())
         raise BadRequest(
             f"bucket {bucket}: {endpoint} does not answer as S3 ({reason}); check AWS_ENDPOINT_URL"

@@ -34,10 +34,13 @@ def generate(arguments: argparse.Namespace) -> None:
     settings = drawing_options(arguments)
     if arguments.count is not None and arguments.count < 1:
         raise BadRequest(f"--count must be at least 1, not {arguments.count}")
+    if arguments.count is not None and arguments.seeds:
+        raise BadRequest("give --count or --seeds: each seed is a picture")
     seeds = _read_seeds(arguments.seeds)
     folder = find_export(arguments.model, arguments.tracking_uri)
-    if export_kind(folder) != "text_to_image":
-        raise BadRequest(f"{arguments.model} is an autoencoder, which draws nothing by itself; name a diffusion model")
+    kind = export_kind(folder)
+    if kind != "text_to_image":
+        raise BadRequest(f"{arguments.model} is of kind {kind}, which draws nothing by itself; name a diffusion model")
     model = _open(folder, arguments.device, arguments.precision)
     prompts: list[str] | None = None
     if model.conditional:

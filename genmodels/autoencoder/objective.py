@@ -25,6 +25,7 @@ from genmodels.autoencoder.network import (
     kl_divergence,
 )
 from genmodels.autoencoder.perceptual import PerceptualDistance
+from genmodels.metrics.image import psnr
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
 from genmodels.weights import forward_flops, load_into
 
@@ -107,7 +108,7 @@ class Autoencoder(Objective):
         """`loss` without the adversarial term, `l1`, `kl` in nats per image, and `psnr` in dB."""
         result = self.reconstruct(batch)
         terms = self._terms(batch, result)
-        terms["psnr"] = psnr(result.images, batch["images"])
+        terms["psnr"] = _decibels(result.images, batch["images"])
         return {name: Mean.of(values, batch["weight"]) for name, values in terms.items()}
 
     def preview(self, batch: Batch) -> Preview:
@@ -135,7 +136,7 @@ class Autoencoder(Objective):
             total = total + (weight[:, None] * latents).sum()
             square = square + (weight[:, None] * latents.square()).sum()
             values += float(weight.sum()) * latents.shape[1]
-            decibels = decibels + (weight * psnr(result.images, batch["images"]).double().cpu()).sum()
+            decibels = decibels + (weight * _decibels(result.images, batch["images"]).double().cpu()).sum()
             samples += float(weight.sum())
         if not samples:
             raise ValueError("the latents' scale cannot be measured: no sample was given")
@@ -215,7 +216,6 @@ def build_autoencoder(config: AutoencoderConfig) -> ReconstructingAutoencoder:
     )
 
 
-def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1]: (batch, …) → (batch,)."""
-    error = (images.clamp(-1, 1) - references).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / error.clamp(min=1e-10))
+def _decibels(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio (batch,) of what can be shown, at most 100 dB: equal images would be infinite."""
+    return psnr(images.clamp(-1, 1), references).clamp(max=100)

@@ -72,7 +72,8 @@ class PerceptualDistance(nn.Module):
         for index, layer in enumerate(self.features):
             x = layer(x)
             if index in self.ends:
-                found.append(x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10))
+                # Within the root: at a position where all channels are 0, its derivative must stay finite.
+                found.append(x / (x.square().sum(1, keepdim=True) + 1e-20).sqrt())
         return found
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:

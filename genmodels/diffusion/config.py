@@ -24,7 +24,7 @@ class UNetConfig(Section):
     transformer_layers: int = Field(1, gt=0, description="transformer layers per attention (with a text encoder)")
     head_dim: int = Field(40, gt=0, description="features per attention head; divides the channels that attend")
     norm_groups: int = Field(32, gt=0, description="groups of the normalisation; divides every entry of channels")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped in residual blocks")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped; which, depends on workers.count")
 
     @model_validator(mode="after")
     def _fits(self) -> UNetConfig:

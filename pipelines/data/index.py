@@ -215,7 +215,9 @@ def writable_root(location: Location, index_root: str | None) -> str:
         except BadRequest:
             continue
         return root
-    raise BadRequest(f"data: the index can't be written beside {location.folder}; name a folder for it (index_root)")
+    raise BadRequest(
+        f"data: the index can't be written beside {location.folder}; name a folder for it with --index-root"
+    )
 
 
 def build_index(
@@ -246,6 +248,8 @@ def scan_here(
 def load_index(url: str, index_root: str | None = None, build: bool = True, progress: bool = True) -> DatasetIndex:
     """The index of the dataset at `url`, a folder of tars or a glob of them, local or s3://; built where there is none.
 
+    Damaged shards are told of each time, unless without `progress`: what they have lost nobody can count.
+
     Raises BadRequest where nothing matches, access fails, the shards hold no samples, the shards are no longer those
     of the index, or the dataset is too large to be indexed by one process.
     """
@@ -256,6 +260,8 @@ def load_index(url: str, index_root: str | None = None, build: bool = True, prog
         if raw is None:
             continue
         known = {shard["name"]: shard["bytes"] for shard in raw["shards"]}
+        if progress:
+            _warn_of_damage({shard["name"]: shard["damage"] for shard in raw["shards"] if shard["damage"]})
         if known != sizes:
             changed = sorted(name for name in known.keys() | sizes.keys() if known.get(name) != sizes.get(name))
             raise BadRequest(
@@ -269,5 +275,6 @@ def load_index(url: str, index_root: str | None = None, build: bool = True, prog
         raise BadRequest(
             f"data: {location.folder} has no index and {sum(sizes.values()) >> 30} GiB of shards; index them over the "
             f"cluster with pipelines/index_shards.py {url}"
+            + (f" (--index-root {index_root} where the shards' folder cannot be written)" if index_root else "")
         )
     return build_index(url, partial(scan_here, progress=progress), index_root)

@@ -60,6 +60,7 @@ class DataOrder:
         self.seed, self.lanes, self.global_batch = seed, lanes, global_batch
         self.per_lane = global_batch // lanes
         self.lane_slots = -(-slots_per_lane // self.per_lane) * self.per_lane
+        self.row_slots = lanes * self.lane_slots
         self.steps_per_row = self.lane_slots // self.per_lane
         self._cache_functions()
 

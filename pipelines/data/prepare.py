@@ -51,15 +51,13 @@ def folder_samples(folder: Path, captions: bool = True) -> list[RawSample]:
             f"{len(without)} of {len(images)} images in {folder} have no caption, first {without[0].name}: write "
             f"{without[0].stem}.txt beside it, give a table with --table, or take --no-captions"
         )
-    return [
-        RawSample(
-            _key(path.relative_to(folder).with_suffix("").as_posix()),
-            path,
-            _read_text(path.with_suffix(".txt")) if captions else None,
-            {},
-        )
-        for path in images
-    ]
+    samples, seen = [], set()
+    for number, path in enumerate(images):
+        key = _key(path.relative_to(folder).with_suffix("").as_posix())
+        key = f"{key}-{number:09d}" if key in seen else key  # x.png beside x.jpg, a.b.png beside a_b.png
+        seen.add(key)
+        samples.append(RawSample(key, path, _read_text(path.with_suffix(".txt")) if captions else None, {}))
+    return samples
 
 
 def _read_text(path: Path) -> str:

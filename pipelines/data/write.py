@@ -34,6 +34,7 @@ class ShardWriter:
         self._shard_samples, self._chunk_samples = shard_samples, chunk_samples
         self._shards: dict[str, ShardFacts] = {}
         self._buffer, self._in_shard = io.BytesIO(), 0
+        self._keys: set[str] = set()  # of the shard
         self.index: DatasetIndex | None = None
         self._empty_folder(overwrite)
 
@@ -53,6 +54,9 @@ class ShardWriter:
         """Add a sample: suffix to bytes. The key may hold slashes, but no dot in its last part."""
         if "." in key.rpartition("/")[2] or not key:
             raise ValueError(f"key {key!r}: a dot would end it early, and it may not be empty")
+        if key in self._keys:
+            raise ValueError(f"key {key!r} comes twice in a shard: the two samples would be read as one")
+        self._keys.add(key)
         for suffix, data in members.items():
             info = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and group 0: equal samples give equal bytes
             info.size, info.mode = len(data), 0o644
@@ -72,6 +76,7 @@ class ShardWriter:
         write_bytes(f"{self._location.folder}/{sidecar_name(name, self._chunk_samples)}", scan.to_json())
         self._shards[name] = scan.facts
         self._buffer, self._in_shard = io.BytesIO(), 0
+        self._keys.clear()
 
     def close(self) -> DatasetIndex:
         """Write what is left and the index. Raises BadRequest where no sample was written."""

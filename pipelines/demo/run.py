@@ -24,6 +24,7 @@ sys.path.insert(0, str(SOURCES))
 
 from infra.errors import BadRequest, RunFailed, main_exit
 from infra.storage import run_root
+from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.training.config import TrainConfig, load_config
 
 MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
@@ -173,6 +174,10 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out = arguments.out.absolute()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kept_out_prompts(arguments.count)
+    except ValueError as error:
+        raise BadRequest(f"--count: {error}") from None
     summary = run_demo(arguments.out, arguments.overrides, arguments.count)
     print(
         f"\n── done in {summary['seconds']:.0f} s\n"

@@ -5,13 +5,13 @@
                                 objective.safetensors    the objective's own state, and the networks' buffers
                                 manifest.json            written last: sizes, sha256, step, shapes, facts
 
-Every attempt has a folder of its own; a folder without a manifest is no checkpoint. Loading takes the newest manifest
-whose files verify. A key in a rank's file is `network|what|parameter|start`, where `what` is param, exp_avg,
-exp_avg_sq or ema, and `start` the first element in the flattened parameter. Safetensors and JSON only: nothing here
-unpickles.
+Every attempt has a folder of its own; a folder without a manifest is no checkpoint. Loading takes the last commit whose
+files verify: the manifests of a run are numbered, since one that is restarted may commit a step again, or an earlier
+one. A key in a rank's file is `network|what|parameter|start`, where `what` is param, exp_avg, exp_avg_sq or ema, and
+`start` the first element in the flattened parameter. Safetensors and JSON only: nothing here unpickles.
 
-Taking a snapshot (a copy in host memory) and committing it (the upload) are two calls, so that the second can run in
-the background.
+Taking a snapshot (a copy in host memory) and committing it (the upload) are two calls: the second needs nothing of the
+training's state.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def commit_snapshot(folder: str, snapshot: Snapshot) -> str:
         manifest = {
             "version": VERSION,
             "step": snapshot.step,
+            "number": 1 + max((c.manifest.get("number", 0) for c in list_checkpoints(folder)), default=0),
             "world_size": _world_size(),
             "files": {name: entry for files, _ in parts for name, entry in files.items()},
             **facts,
@@ -184,7 +185,7 @@ class Checkpoint:
 
 
 def list_checkpoints(folder: str) -> list[Checkpoint]:
-    """Committed checkpoints, newest first. Folders of attempts that never got a manifest are left out."""
+    """Committed checkpoints, the last one first. Folders of attempts that never got a manifest are left out."""
     found = []
     for name in sorted(storage.list_folders(folder), reverse=True):
         url = storage.join(folder, name)
@@ -194,7 +195,7 @@ def list_checkpoints(folder: str) -> list[Checkpoint]:
             continue
         if manifest.get("version") == VERSION:
             found.append(Checkpoint(url, manifest))
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    return sorted(found, key=lambda c: (c.manifest.get("number", 0), c.step), reverse=True)
 
 
 def newest_verified(folder: str, tell: Callable[[str], None] = print) -> Checkpoint | None:
@@ -224,15 +225,15 @@ def _verify(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
 
 
 def prune(folder: str, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints, and attempts older than those that never completed."""
+    """Remove all but the last `keep` checkpoints, and attempts for earlier steps that never completed."""
     checkpoints = list_checkpoints(folder)
     if len(checkpoints) <= keep:
         return
-    kept = {checkpoint.url for checkpoint in checkpoints[:keep]}
-    oldest = f"{checkpoints[keep - 1].step:08d}"
+    kept, others = ({checkpoint.url for checkpoint in part} for part in (checkpoints[:keep], checkpoints[keep:]))
+    oldest = f"{min(checkpoint.step for checkpoint in checkpoints[:keep]):08d}"
     for name in storage.list_folders(folder):
         url = storage.join(folder, name)
-        if url not in kept and name[:8] <= oldest:
+        if url in others or (url not in kept and name[:8] <= oldest):
             storage.remove(url)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def local_cpus(config: TrainConfig) -> int:
     if config.workers.local_cpus is not None:
         return config.workers.local_cpus
     workers = config.workers
-    return max(os.cpu_count() or 1, round(workers.count * (workers.cpus + max(config.data.read_cpus, 1))))
+    return max(os.cpu_count() or 1, math.ceil(workers.count * (workers.cpus + max(config.data.read_cpus, 1))))
 
 
 def check_local_room(config: TrainConfig) -> None:

@@ -111,10 +111,12 @@ class OptimizerConfig(Section):
     final_lr_ratio: float = Field(
         0.0, ge=0, le=1, description="last learning rate over the first, for cosine and linear"
     )
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1, description="share of the old mean of gradients kept at each step")
+    beta2: float = Field(0.999, ge=0, lt=1, description="share of the old mean of squared gradients kept at each step")
+    epsilon: float = Field(1e-8, gt=0, description="added to the root of that mean")
+    weight_decay: float = Field(
+        0.01, ge=0, description="times the learning rate: share of each weight taken off a step"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
 
 
@@ -172,7 +174,7 @@ class TrackingConfig(Section):
     uri: str | None = Field(
         None, description="MLflow tracking server [MLFLOW_TRACKING_URI, else SQLite under the run root]"
     )
-    experiment: str = Field("genmodels")
+    experiment: str = Field("genmodels", description="MLflow experiment of the run")
     register_as: str | None = Field(None, description="registered model name; null: not registered")
     system_metrics: bool = Field(True, description="CPU, memory and GPU use on the run")
 
@@ -200,7 +202,7 @@ class TrainConfig(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _batches_divide(self) -> TrainConfig:
+    def _fits(self) -> TrainConfig:
         data, world, wrong = self.data, self.workers.count, []
         if data.lanes % world:
             allowed = [n for n in range(1, data.lanes + 1) if data.lanes % n == 0]
@@ -214,6 +216,8 @@ class TrainConfig(Section):
         share = data.global_batch_size // world
         if not wrong and data.micro_batch and share % data.micro_batch:
             wrong.append(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
+        if data.caption is None and getattr(self.objective, "conditional", False):
+            wrong.append("data.caption is null, and this objective learns from captions: name their shard member (txt)")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self

@@ -90,6 +90,8 @@ class RunHooks:
         metrics = trainer.log.read()
         self.bad_samples += round(metrics.pop("bad_share", 0.0) * read * self.world_size)
         metrics["bad_samples"] = float(self.bad_samples)
+        if trainer.skipped_steps:
+            metrics["skipped_steps"] = float(trainer.skipped_steps)
         samples_per_second, wait_share = trainer.throughput.window()
         metrics |= trainer.last
         metrics |= {

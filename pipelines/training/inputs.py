@@ -14,6 +14,7 @@ from filelock import FileLock
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from infra import storage
 from infra.errors import BadRequest
+from infra.exports import folder_digest
 from pipelines.data.captions import read_captions
 from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
@@ -41,8 +42,11 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
             if not Path(perceptual).is_file():
                 raise BadRequest(f"objective.perceptual: there is no file {perceptual}")
             shutil.copy(perceptual, local / "perceptual.safetensors")
+        sources: dict[str, dict[str, str]] = {}  # which model exactly each reference led to
         if config.run.init_from is not None:
-            shutil.copytree(_resolve("run.init_from", config.run.init_from, config), local / "init")
+            source = _resolve("run.init_from", config.run.init_from, config)
+            sources["run.init_from"] = {"reference": config.run.init_from, "digest": folder_digest(source)}
+            shutil.copytree(source, local / "init")
         text = getattr(objective, "text_encoder", None)
         models: dict[str, str] = {}  # key: reference to a model that this project trained, or trains first
         if isinstance(text, PretrainedTextEncoder) and text.path.startswith(("models:", "preset:")):
@@ -62,6 +66,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         if getattr(objective, "autoencoder", None) is not None:
             models["objective.autoencoder"] = objective.autoencoder
         for key, source in _resolve_all(models, config):
+            sources[key] = {"reference": models[key], "digest": folder_digest(source)}
             if key == "objective.autoencoder":
                 nested = source / "vae"  # a Stable Diffusion export holds one too
                 shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
@@ -70,7 +75,14 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):
             storage.upload_folder(local, folder.inputs)
+        folder.write("inputs/sources.json", sources)
         storage.write_bytes(folder.path("inputs", "complete"), secrets.token_hex(16).encode())
+
+
+def parents(folder: RunFolder) -> dict[str, str]:
+    """The models that the run was made from, for its lineage: "parent.KEY" to reference and digest of the export."""
+    sources = folder.read("inputs/sources.json") or {}
+    return {f"parent.{key}": f"{source['reference']} {source['digest']}" for key, source in sources.items()}
 
 
 def _fetch_text_encoder(reference: str, source: str, local: Path) -> None:
@@ -88,7 +100,9 @@ def _resolve_all(references: dict[str, str], config: TrainConfig) -> Iterator[tu
 
     These come last: what is wrong with the others, or with a preset's name, is said before anything is trained.
     """
-    assignments = [f"run.root={config.run.root}"] if config.run.root else []
+    given = {"run.root": config.run.root, "tracking.uri": config.tracking.uri}
+    assignments = [f"{key}={value}" for key, value in given.items() if value is not None]
+    assignments.append(f"tracking.experiment={config.tracking.experiment}")
     presets = {key: text.removeprefix("preset:") for key, text in references.items() if text.startswith("preset:")}
     # The trainings share the Ray that the first one starts, so it has to be large enough for each.
     room = max(local_cpus(each) for each in [config, *(load_config(name, assignments) for name in presets.values())])

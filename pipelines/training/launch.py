@@ -26,7 +26,7 @@ from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, flatten
 from pipelines.training.export import export_run
-from pipelines.training.inputs import local_inputs, prepare_inputs
+from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
 from pipelines.training.trainer import check_phases
@@ -48,16 +48,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     storage.check_access(root_of(config), write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     index, order = prepare_data(config, folder)
-    folder.begin(config)
-    newest = checkpoints.newest_verified(folder.checkpoints)
-    _check_continuation(config, newest, index)
-    complete = newest is not None and newest.finished and newest.step >= config.run.steps
-
-    result = folder.read("result.json")
-    if complete and result is not None and bool(result["model_uri"]) == bool(config.tracking.register_as):
-        print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
-        return {**result, "outcome": "already finished"}
     with Lease(folder):
+        folder.begin(config)
+        newest = checkpoints.newest_verified(folder.checkpoints)
+        _check_continuation(config, newest, index)
+        complete = newest is not None and newest.finished and newest.step >= config.run.steps
+        result = folder.read("result.json")
+        if newest is not None and complete and result is not None and _is_of(result, newest, config):
+            print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
+            return {**result, "outcome": "already finished"}
         prepare_inputs(config, folder, index)
         if not complete:
             _check_objective(config, folder)
@@ -75,6 +74,12 @@ def train(config: TrainConfig) -> dict[str, Any]:
         folder.write("result.json", summary)
     resumed_from = newest.step if newest is not None else 0
     return {**summary, "outcome": "trained", "resumed_from": resumed_from, "seconds": time.time() - started}
+
+
+def _is_of(result: dict[str, Any], newest: Checkpoint, config: TrainConfig) -> bool:
+    """Whether what was published is this checkpoint, under the name that is asked for now."""
+    registered = (result["model_uri"] or "").removeprefix("models:/").rpartition("/")[0] or None
+    return result.get("checkpoint") == newest.url and registered == config.tracking.register_as
 
 
 def _check_continuation(config: TrainConfig, newest: Checkpoint | None, index: DatasetIndex) -> None:
@@ -124,6 +129,12 @@ def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, 
     data = config.data
     order = DataOrder(index, config.run.seed, data.lanes, data.global_batch_size, data.slots_per_lane)
     order.check_world_size(config.workers.count)
+    if order.row_slots > index.samples:
+        print(
+            f"note: data.lanes × data.slots_per_lane is {order.row_slots}, more than the {index.samples} samples: some "
+            "come twice before others come once; lower data.slots_per_lane for exact epochs",
+            flush=True,
+        )
     return index, order
 
 
@@ -224,6 +235,7 @@ def _publish(
         "run": config.run.name,
         "run_folder": folder.url,
         "steps": newest.step,
+        "checkpoint": newest.url,
         "epochs": order.slots_consumed(newest.step) / order.samples,
         "samples": index.samples,
         "index_digest": index.digest,
@@ -244,6 +256,7 @@ def _publish(
             "steps": newest.step,
             "init_from": config.run.init_from,
             "run_folder": folder.url,
+            **parents(folder),
         }
         described = {
             **facts,

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
+from filelock import FileLock
 
 from infra import storage
 from infra.errors import BadRequest
@@ -16,12 +21,14 @@ from pipelines.training.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 10.0
 EXPIRY_SECONDS = 60.0
+SETTLING_SECONDS = 2.0
 
 
 class Lease:
     """Held in a `with` block by the driver; renewed by a thread, and free again after EXPIRY_SECONDS without renewal.
 
-    A driver that died on this machine is noticed at once, so the same command can be typed again at once.
+    A driver that died on this machine is noticed at once, so the same command can be typed again at once. A driver that
+    was cut off for so long that another one took over is interrupted.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -37,15 +44,17 @@ class Lease:
 
     def __enter__(self) -> Lease:
         """Raises BadRequest where another launch of the run is alive."""
-        other = self.folder.read("lease.json")
-        if other is not None and self._alive(other):
-            raise BadRequest(
-                f"{self.folder.url} is being trained by process {other['pid']} on {other['host']}: "
-                f"wait for it, or stop it and try again after {EXPIRY_SECONDS:.0f} s"
-            )
-        self._write()
-        found = self.folder.read("lease.json")
-        if found is None or found["token"] != self.owner["token"]:
+        with self._one_at_a_time():
+            other = self.folder.read("lease.json")
+            if other is not None and self._alive(other):
+                raise BadRequest(
+                    f"{self.folder.url} is being trained by process {other['pid']} on {other['host']}: "
+                    f"wait for it, or stop it and try again after {EXPIRY_SECONDS:.0f} s"
+                )
+            self._write()
+            if storage.is_remote(self.folder.url):
+                time.sleep(SETTLING_SECONDS)  # who read before this was written has written by then, and wins
+        if not self._is_ours():
             raise BadRequest(f"{self.folder.url}: another launch of this run began at the same moment; it goes on")
         self._thread.start()
         return self
@@ -53,14 +62,36 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        storage.remove(self.folder.path("lease.json"))
+        if self._is_ours():
+            storage.remove(self.folder.path("lease.json"))
+
+    @contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        """On this machine's disks, nobody else looks at the lease meanwhile."""
+        if storage.is_remote(self.folder.url):
+            yield
+            return
+        os.makedirs(self.folder.url, exist_ok=True)
+        with FileLock(self.folder.path(".lease.lock")):
+            yield
+
+    def _is_ours(self) -> bool:
+        found = self.folder.read("lease.json")
+        return found is not None and found["token"] == self.owner["token"]
 
     def _write(self) -> None:
         self.folder.write("lease.json", {**self.owner, "renewed": time.time()})
 
     def _renew(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            self._write()
+            try:
+                if not self._is_ours():
+                    print(f"{self.folder.url}: another launch of this run took over; this one stops", file=sys.stderr)
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return
+                self._write()
+            except Exception as error:  # of storage, which may answer again before the lease expires
+                print(f"{self.folder.url}: the lease could not be renewed ({error}); trying again", file=sys.stderr)
 
     def _alive(self, other: dict) -> bool:
         if other["host"] == self.owner["host"]:

@@ -13,9 +13,10 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from genmodels.objective import Batch, Mean, Objective, Phase, Preview
+from genmodels.objective import Batch, Objective, Phase, Preview
 from genmodels.precision import autocast, resolve_precision
 from pipelines.data.batch import RankBatch
 from pipelines.data.seeds import mix
@@ -66,7 +67,7 @@ class Trainer:
     def __init__(self, config: TrainConfig, objective: Objective, device: torch.device, rank: int = 0) -> None:
         check_phases(config, objective)
         self.config, self.objective, self.device, self.rank = config, objective, device, rank
-        self.precision = resolve_precision(config.precision.compute, device)
+        self.precision = _same_on_all_ranks(resolve_precision(config.precision.compute, device))
         self.networks: dict[str, NetworkState] = {}
         for name, module in objective.networks.items():
             module.requires_grad_(True)
@@ -81,6 +82,7 @@ class Trainer:
         self.log = MeanLog()
         self.throughput = Throughput()
         self.skipped_in_a_row: dict[str, int] = dict.fromkeys(objective.networks, 0)
+        self.skipped_steps = 0  # updates since the run began that were skipped, of any network
         self.last: dict[str, float] = {}  # learning rate and gradient norm of the latest update
         self.phase: Phase | None = None  # for the message when something fails
 
@@ -128,8 +130,7 @@ class Trainer:
             self.skipped_in_a_row[phase.network] = 0
             return
         self.skipped_in_a_row[phase.network] += 1
-        one = torch.ones((), device=self.device)
-        self.log.add({"skipped_steps": Mean(one, one)})
+        self.skipped_steps += 1
         skipped = self.skipped_in_a_row[phase.network]
         if skipped >= self.config.run.max_skipped_steps:
             raise TrainingStopped(
@@ -203,6 +204,7 @@ class Trainer:
             **facts,
             "slots": step * self.config.data.global_batch_size,
             "skipped_in_a_row": self.skipped_in_a_row,
+            "skipped_steps": self.skipped_steps,
             "precision": self.precision,
         }
         return take_snapshot(step, self.networks, own, facts)
@@ -218,7 +220,17 @@ class Trainer:
             for key, buffer in _buffers(module).items():
                 buffer.copy_(state[f"buffer|{name}|{key}"])
         self.skipped_in_a_row |= checkpoint.manifest["skipped_in_a_row"]
+        self.skipped_steps = checkpoint.manifest.get("skipped_steps", 0)
+        self.precision = checkpoint.manifest.get("precision", self.precision)  # "auto" means what it meant at first
         return int(checkpoint.step)
+
+
+def _same_on_all_ranks(value: str) -> str:
+    """Rank 0's."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,8 @@ import psutil
 import torch
 
 from genmodels.families import build_objective
+from infra import storage
+from infra.errors import BadRequest
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
 from pipelines.data.index import load_index
@@ -76,8 +78,10 @@ def train_worker(job: dict[str, Any]) -> None:
 def _may_pass(error: Exception) -> bool:
     import ray
 
-    if isinstance(error, (*_PASSING, ray.exceptions.RayError)):
+    if isinstance(error, (*_PASSING, *storage.ERRORS, ray.exceptions.RayError)):
         return True
+    if isinstance(error, BadRequest) and isinstance(error.__cause__, storage.ERRORS):
+        return True  # what the driver could reach a moment ago
     # torch says so with a plain RuntimeError; our own errors are of other types.
     return type(error) is RuntimeError and any(word in str(error).lower() for word in NETWORK_WORDS)
 

@@ -7,9 +7,9 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from genmodels.autoencoder.objective import psnr
 from genmodels.autoencoder.perceptual import PerceptualDistance
 from genmodels.families import build_objective
+from genmodels.metrics.image import psnr
 from tests.genmodels import tiny
 
 DISCRIMINATOR = {"start_step": 3, "weight": 0.1, "channels": 8, "layers": 1}

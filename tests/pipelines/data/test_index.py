@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written_keeps_its_index_elsewhere(tmp_path, mon
         check(url, write)
 
     monkeypatch.setattr(module, "check_access", read_only)
-    with pytest.raises(BadRequest, match="index_root"):
+    with pytest.raises(BadRequest, match="--index-root"):
         load_index(str(shards), progress=False)
     index = load_index(str(shards), index_root=str(tmp_path / "run"), progress=False)
     assert index.samples == 4 and sorted(p.name for p in shards.iterdir()) == ["a.tar"]

@@ -48,6 +48,20 @@ def contents(url: Path) -> dict[str, str]:
     return {row["key"]: row["caption"] or row["reason"] for table in tables for row in table.to_pylist()}
 
 
+def test_images_of_one_name_are_samples_of_their_own(tmp_path):
+    for number, name in enumerate(("x.png", "x.jpg", "a.b.png", "a_b.png")):
+        suffix = name.rpartition(".")[2]
+        (tmp_path / name).write_bytes(encode(numbered_image(number), {"jpg": "JPEG"}.get(suffix, "PNG")))
+        (tmp_path / name).with_suffix(".txt").write_text(name.rpartition(".")[0])
+    samples = folder_samples(tmp_path)
+    assert len({sample.key for sample in samples}) == 4
+    write_samples(samples, str(tmp_path / "out"), held_out=0, shard_samples=25, overwrite=False)
+    assert sorted(contents(tmp_path / "out/train").values()) == ["a.b", "a_b", "x", "x"]
+    with pytest.raises(ValueError, match="comes twice"), ShardWriter(str(tmp_path / "again")) as writer:
+        for _ in range(2):
+            writer.write("x", {"txt": b""})
+
+
 def test_a_folder_becomes_shards_and_the_split_depends_on_the_key_alone(tmp_path):
     samples = folder_samples(images(tmp_path / "in", 60))
     write_samples(samples, str(tmp_path / "out"), held_out=0.2, shard_samples=25, overwrite=False)

@@ -112,6 +112,17 @@ def test_only_the_newest_are_kept(inputs: Path, tmp_path: Path) -> None:
     assert not orphan.exists()
 
 
+@pytest.mark.parametrize("attempt", range(4))  # names end in something random
+def test_the_last_commit_counts_whatever_its_step(inputs: Path, tmp_path: Path, attempt: int) -> None:
+    folder, trainer = str(tmp_path), plain_trainer(inputs, "two networks")
+    for step, finished in ((10, False), (20, False), (20, True), (10, True)):
+        url = commit_snapshot(folder, trainer.snapshot(step, {**FACTS, "finished": finished}))
+        newest = newest_verified(folder)
+        assert newest is not None and (newest.url, newest.finished) == (url, finished)
+        checkpoints.prune(folder, keep=1)
+        assert [c.url for c in list_checkpoints(folder)] == [url]
+
+
 def test_nothing_in_a_checkpoint_is_pickled(inputs: Path, tmp_path: Path) -> None:
     trainer = plain_trainer(inputs, "two networks")
     url = commit_snapshot(str(tmp_path), trainer.snapshot(1, FACTS))

@@ -14,6 +14,7 @@ import pytest
 from infra.errors import BadRequest, main_exit
 from pipelines import prepare_shards
 from pipelines.training import cluster, inputs, launch
+from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.command import run
 from pipelines.training.config import load_config
 from pipelines.training.run_folder import RunFolder
@@ -101,6 +102,7 @@ def refusal(ends) -> Refusal:
         (["data.global_batch_size=30"], ["data.global_batch_size=30", "data.lanes=4"]),
         (["data.micro_batch=5", "data.global_batch_size=64", "workers.count=2"], ["data.micro_batch=5", "32"]),
         (["workers.count=2", "workers.local_cpus=2"], ["need 4 CPUs", "Ray has 2", "workers.local_cpus"]),
+        (["data.caption=null"], ["data.caption is null"]),
         (["run.name="], ["run.name: "]),
         (["run.name=.."], ["run.name: '..'"]),
         (["run.name=a/b"], ["run.name: 'a/b'"]),
@@ -170,13 +172,29 @@ def test_a_preset_that_is_trained_first_finds_room_for_what_follows(environment,
 
     train = launch.train
     monkeypatch.setattr(launch, "train", stand_in)
-    four_workers = load_config("ldm_demo", [*_data(shards), "workers.count=4", f"run.root={environment}/runs"])
+    places = [f"run.root={environment}/runs", f"tracking.uri=sqlite:///{environment}/elsewhere.db"]
+    four_workers = load_config("ldm_demo", [*_data(shards), "workers.count=4", *places])
     with pytest.raises(BadRequest, match="/nowhere: no such folder"):
         train(four_workers)
     (first,) = asked
     assert (first.run.name, first.run.root) == ("clip-demo", f"{environment}/runs")
+    assert first.tracking.uri == four_workers.tracking.uri
     # Ray is started once, by the first training.
     cluster.check_room(four_workers, {"CPU": float(cluster.local_cpus(first)), "GPU": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("result", "same"),
+    [
+        ({"model_uri": "models:/name/3", "checkpoint": "last"}, True),
+        ({"model_uri": "models:/name/3", "checkpoint": "an earlier one"}, False),
+        ({"model_uri": "models:/another/3", "checkpoint": "last"}, False),
+        ({"model_uri": None, "checkpoint": "last"}, False),
+    ],
+)
+def test_what_was_published_is_the_last_checkpoint_under_the_name_that_is_asked_for(environment, result, same):
+    config = load_config("autoencoder_demo", ["tracking.register_as=name"])
+    assert launch._is_of(result, Checkpoint("last", {}), config) is same
 
 
 def test_a_refused_request_can_be_corrected(refusal, ends, shards):

@@ -33,6 +33,7 @@ class _Trainer:
     def __init__(self) -> None:
         self.log, self.throughput, self.device = MeanLog(), Throughput(), torch.device("cpu")
         self.last: dict[str, float] = {}
+        self.skipped_steps = 0
 
     def validate(self, batches: list[RankBatch], step: int) -> dict[str, float]:
         log = MeanLog()

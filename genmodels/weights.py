@@ -20,7 +20,15 @@ def load_into(network: nn.Module, folder: Path) -> None:
     if not (folder / "config.json").is_file():
         raise ValueError(f"init_from: {folder} holds no {type(network).__name__} (no config.json there)")
     source: Any = type(network)
-    weights: dict[str, Tensor] = source.from_pretrained(folder, use_safetensors=True).state_dict()
+    copy_weights(source.from_pretrained(folder, use_safetensors=True).state_dict(), network, folder)
+
+
+def copy_weights(weights: dict[str, Tensor], network: nn.Module, folder: Path) -> None:
+    """Copy `weights`, which come from `folder`, into `network`.
+
+    Raises:
+        ValueError: names or shapes differ; the message gives the first few.
+    """
     own = network.state_dict()
     wrong = [f"{name} is missing" for name in own if name not in weights]
     wrong += [f"{name} is not part of this network" for name in weights if name not in own]

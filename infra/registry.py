@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from genmodels.diffusion.layout import class_names, takes_prompts
 from infra import model_card as cards
 from infra import storage
 from infra.errors import BadRequest
@@ -63,7 +64,7 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
         texts = Schema([ColSpec("string", "text")])
         example = pd.DataFrame({"text": ["a red seven on a white background"]})
         return ModelSignature(inputs=texts, outputs=Schema([ColSpec(Array("double"), "embedding")])), example
-    conditional = (folder / "tokenizer").is_dir()
+    conditional = takes_prompts(folder)
     columns: list[ColSpec | TensorSpec] = [
         ColSpec("long", "seed", required=not conditional),
         ColSpec("long", "num_steps", required=False),
@@ -72,7 +73,7 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
     if conditional:
         columns = [ColSpec("string", "prompt"), ColSpec("string", "negative_prompt", required=False), *columns]
         columns.append(ColSpec("double", "guidance_scale", required=False))
-        example.insert(0, "prompt", ["a red seven on a white background"])
+        example.insert(0, "prompt", (class_names(folder) or ["a red seven on a white background"])[:1])
     return ModelSignature(inputs=Schema(columns), outputs=Schema([png])), example
 
 

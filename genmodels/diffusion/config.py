@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -11,11 +11,13 @@ from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+DIFFUSERS_DIT_CLASSES = 1000  # its pipeline takes this label for "no class"
 
 
 class UNetConfig(Section):
     """The U-Net: diffusers' UNet2DConditionModel with a text encoder, UNet2DModel without."""
 
+    kind: Literal["unet"] = "unet"
     channels: list[int] = Field(
         [320, 640, 1280, 1280], min_length=1, description="channels per resolution, fine to coarse"
     )
@@ -40,6 +42,26 @@ class UNetConfig(Section):
         return self
 
 
+class DiTConfig(Section):
+    """A diffusion transformer with adaLN-zero (Peebles and Xie 2023); the defaults are DiT-XL/2."""
+
+    kind: Literal["dit"] = "dit"
+    patch_size: int = Field(2, gt=0, description="side of a patch of latents; a patch is a token")
+    width: int = Field(1152, gt=0, description="features per token; a multiple of heads, and of 4")
+    depth: int = Field(28, gt=0, description="blocks")
+    heads: int = Field(16, gt=0, description="attention heads")
+    text_attention: Literal["cross", "joint"] = Field(
+        "cross", description="how text enters: cross-attention, or one attention over the tokens of both"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> DiTConfig:
+        for divisor, name in ((self.heads, f"heads {self.heads}"), (4, "4, for the position embeddings")):
+            if self.width % divisor:
+                raise ValueError(f"width {self.width} is not a multiple of {name}")
+        return self
+
+
 class LatentDiffusionConfig(Section):
     """Diffusion in the latents of an autoencoder or in pixels, with or without text (Rombach et al. 2022)."""
 
@@ -48,9 +70,14 @@ class LatentDiffusionConfig(Section):
     autoencoder: str | None = Field(
         None, description="folder, checkpoint or models:/NAME of the autoencoder; null diffuses pixels"
     )
-    unet: UNetConfig = Field(UNetConfig(), description="the U-Net")
+    denoiser: Annotated[UNetConfig | DiTConfig, Field(discriminator="kind")] = Field(
+        UNetConfig(), description="kind unet or dit"
+    )
     text_encoder: TextEncoderConfig = Field(
-        TrainedTextEncoder(), description="kind trained, pretrained or none (no condition)"
+        TrainedTextEncoder(), description="kind trained, pretrained or none (no text)"
+    )
+    classes: list[str] | None = Field(
+        None, description="in place of text: the captions are names of classes, and these are all of them"
     )
     prediction_type: PredictionType = Field(
         "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, or flow (flow matching)"
@@ -81,7 +108,7 @@ class LatentDiffusionConfig(Section):
     logit_mean: float = Field(0.0, description="of logit_normal: more favours noise")
     logit_std: float = Field(1.0, gt=0, description="of logit_normal: how wide")
     condition_dropout: float = Field(
-        0.1, ge=0, lt=1, description="share of captions replaced by the empty one, for classifier-free guidance"
+        0.1, ge=0, lt=1, description="share of samples trained without their caption, for classifier-free guidance"
     )
     preview_steps: int = Field(15, gt=0, description="DDIM steps of the sample grids")
     preview_guidance_scale: float = Field(2.0, ge=1, description="guidance scale of the sample grids")
@@ -89,6 +116,10 @@ class LatentDiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _predicts_something(self) -> LatentDiffusionConfig:
+        if self.classes is not None and self.takes_text:
+            raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
+        if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
+            raise ValueError("classes must be names, each one once")
         if (self.noise_schedule == "flow") != (self.prediction_type == "flow"):
             raise ValueError("flow matching is prediction_type flow together with noise_schedule flow")
         if self.zero_terminal_snr and self.noise_schedule == "flow":
@@ -100,14 +131,22 @@ class LatentDiffusionConfig(Section):
         return self
 
     @property
-    def conditional(self) -> bool:
+    def takes_text(self) -> bool:
         """Whether it is conditioned on text."""
         return self.text_encoder.kind != "none"
 
+    @property
+    def conditional(self) -> bool:
+        """Whether captions are read: as texts, or as names of classes."""
+        return self.takes_text or self.classes is not None
+
 
 def export_layout(config: LatentDiffusionConfig) -> str:
-    """Who opens the export: "Stable Diffusion" or "DDPMPipeline" (diffusers' pipelines), or "own" (only ours)."""
-    if config.conditional and config.autoencoder is not None:
+    """Who opens the export: "Stable Diffusion", "DiTPipeline" or "DDPMPipeline" (all diffusers'), or "own"."""
+    if config.denoiser.kind == "dit":
+        of_classes = config.classes is not None and len(config.classes) <= DIFFUSERS_DIT_CLASSES
+        return "DiTPipeline" if of_classes and config.autoencoder is not None else "own"
+    if config.takes_text and config.autoencoder is not None:
         return "Stable Diffusion"
     if not config.conditional and config.autoencoder is None and config.prediction_type != "flow":
         return "DDPMPipeline"

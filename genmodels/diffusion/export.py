@@ -7,26 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from genmodels.diffusion.config import export_layout
+from genmodels.diffusion.dit import DiT, to_diffusers
+from genmodels.diffusion.layout import OWN_INDEX
 from genmodels.diffusion.objective import LatentDiffusion
 from genmodels.text.tokenizer import save as save_tokenizer
 
-OWN_INDEX = "genmodels.json"
-
 
 def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
-    """Write `unet/`, `scheduler/` and, where the model has them, `vae/`, `text_encoder/` and `tokenizer/`.
+    """Write `unet/` or `transformer/`, `scheduler/` and, where there are, `vae/`, `text_encoder/` and `tokenizer/`.
 
-    The layout is `export_layout(objective.config)`: the first two carry a `model_index.json` with which diffusers'
-    own pipelines open them, the third a `genmodels.json`. `TextToImage.from_folder` opens all three.
+    The layout is `export_layout(objective.config)`: those of diffusers carry a `model_index.json` with which its own
+    pipelines open them, ours a `genmodels.json`. `TextToImage.from_folder` opens all.
     """
     layout = export_layout(objective.config)
     folder.mkdir(parents=True, exist_ok=True)
-    unet: Any = objective.denoiser.unet
-    parts: dict[str, tuple[str, str]] = {"unet": ("diffusers", type(unet).__name__)}
-    unet.save_pretrained(folder / "unet", safe_serialization=True)
+    backbone: Any = objective.denoiser.backbone
+    part = "unet"
+    if isinstance(backbone, DiT):
+        part, backbone = "transformer", to_diffusers(backbone) if layout == "DiTPipeline" else backbone
+    library = "genmodels" if isinstance(backbone, DiT) else "diffusers"
+    parts: dict[str, tuple[str, str]] = {part: (library, type(backbone).__name__)}
+    backbone.save_pretrained(folder / part, safe_serialization=True)
 
     settings = objective.sampler_settings
     sampler: Any
@@ -40,7 +44,7 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
     if objective.autoencoder is not None:
         objective.autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
         parts["vae"] = ("diffusers", "AutoencoderKL")
-    if isinstance(unet, UNet2DConditionModel):
+    if objective.config.takes_text:
         text_encoder: Any = objective.denoiser.text_encoder or objective.text_encoder
         if text_encoder is None or objective.tokenizer is None:
             raise ValueError("a conditional model exports with its text encoder and tokenizer, and one is missing")
@@ -54,6 +58,11 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
         index = {"_class_name": "StableDiffusionPipeline", **index, **absent, "requires_safety_checker": False}
     elif layout == "DDPMPipeline":
         index = {"_class_name": "DDPMPipeline", **index}
+    elif layout == "DiTPipeline":
+        names = {str(label): name for label, name in enumerate(objective.config.classes or ())}
+        index = {"_class_name": "DiTPipeline", **index, "id2label": names}
+    elif objective.config.classes is not None:
+        index["classes"] = objective.config.classes
     name = OWN_INDEX if layout == "own" else "model_index.json"
     index["_diffusers_version"] = diffusers.__version__
     (folder / name).write_text(json.dumps(index, indent=2) + "\n")

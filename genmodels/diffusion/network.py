@@ -1,7 +1,8 @@
-"""The denoiser: a U-Net and, where it is trained along, the text encoder, as one module with one forward."""
+"""The denoiser: a U-Net or transformer and, where it is trained along, the text encoder, as one module."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,49 +10,101 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from genmodels.diffusion.config import UNetConfig
+from genmodels.diffusion.config import DiTConfig, UNetConfig
+from genmodels.diffusion.dit import DiT
+from genmodels.diffusion.sampler import NOTHING, Condition
+from genmodels.weights import forward_flops
 
 
 class ConditionalDenoiser(nn.Module):
-    """Predicts ε or v from noisy latents, a timestep and, where there is one, a text condition.
+    """Predicts what the objective asks for, from noisy latents, a timestep and what else it is told.
 
-    U-Net and trained text encoder are one network, so that one engine shards, clips and updates them together. A
+    Backbone and trained text encoder are one network, so that one engine shards, clips and updates them together. A
     frozen text encoder stays outside, and its output is handed in.
     """
 
-    def __init__(self, unet: nn.Module, text_encoder: CLIPTextModel | None = None) -> None:
+    def __init__(self, backbone: nn.Module, text_encoder: CLIPTextModel | None = None) -> None:
+        """Args: `backbone` is one of diffusers' U-Nets or a `DiT`."""
         super().__init__()
-        self.unet = unet
+        self.backbone = backbone
         self.text_encoder = text_encoder
 
-    def forward(self, latents: Tensor, timesteps: Tensor, condition: Tensor | None = None) -> Tensor:
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of one sample: (channels, height, width)."""
+        config: Any = self.backbone.config
+        return config.out_channels, config.sample_size, config.sample_size
+
+    def forward(self, latents: Tensor, timesteps: Tensor, condition: Condition = NOTHING) -> Tensor:
         """Denoise.
 
         Args:
             latents: (batch, channels, height, width).
-            timesteps: int64 (batch,).
-            condition: token ids int64 (batch, length) where the text encoder is trained along; the frozen encoder's
-                features (batch, length, width) where not; None for an unconditional U-Net.
+            timesteps: (batch,).
+            condition: "text": token ids int64 (batch, length) where the text encoder is trained along, the frozen
+                encoder's features (batch, length, width) where not; "classes": labels int64 (batch,).
 
         Returns:
             The prediction, float32, shaped like the latents.
         """
-        dtype = next(self.unet.parameters()).dtype  # the engine may keep the weights in bfloat16
-        if condition is None:
-            return self.unet(latents.to(dtype), timesteps).sample.float()
-        features = condition if self.text_encoder is None else self.text_encoder(condition).last_hidden_state
-        return self.unet(latents.to(dtype), timesteps, encoder_hidden_states=features.to(dtype)).sample.float()
+        condition = dict(condition)
+        if self.text_encoder is not None:
+            condition["text"] = self.text_encoder(condition["text"]).last_hidden_state
+        return self.predict(latents, timesteps, condition)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+        """As `forward`, with the text's features in any case."""
+        dtype = next(self.backbone.parameters()).dtype  # the engine may keep the weights in bfloat16
+        told: dict[str, Tensor] = {}
+        if "text" in condition:
+            told["encoder_hidden_states"] = condition["text"].to(dtype)
+        if "classes" in condition:
+            told["class_labels"] = condition["classes"]
+        return self.backbone(latents.to(dtype), timesteps, **told).sample.float()
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
-        unet: Any = self.unet
-        unet.enable_gradient_checkpointing()
+        backbone: Any = self.backbone
+        backbone.enable_gradient_checkpointing()
         if self.text_encoder is not None:
             self.text_encoder.gradient_checkpointing_enable()
 
 
-def build_unet(config: UNetConfig, channels: int, sample_size: int, text_width: int | None) -> Any:
-    """diffusers' U-Net for latents (batch, channels, sample_size, sample_size); `text_width` None: unconditional."""
+def build_backbone(
+    config: UNetConfig | DiTConfig, channels: int, sample_size: int, text_width: int | None, num_classes: int | None
+) -> Any:
+    """The network for latents (batch, channels, sample_size, sample_size).
+
+    Args:
+        config: which one.
+        channels, sample_size: of the latents.
+        text_width: features per token of text; None takes no text.
+        num_classes: classes, of which label `num_classes` is none; None takes no labels.
+
+    Raises:
+        ValueError: a DiT's patches do not divide the latents.
+    """
+    if isinstance(config, DiTConfig):
+        if sample_size % config.patch_size:
+            raise ValueError(f"denoiser.patch_size {config.patch_size} does not divide the latents' side {sample_size}")
+        return DiT(
+            sample_size,
+            channels,
+            channels,
+            config.patch_size,
+            config.width,
+            config.depth,
+            config.heads,
+            text_width,
+            config.text_attention,
+            num_classes,
+        )
+    return _build_unet(config, channels, sample_size, text_width, num_classes)
+
+
+def _build_unet(
+    config: UNetConfig, channels: int, sample_size: int, text_width: int | None, num_classes: int | None
+) -> Any:
     common: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": channels,
@@ -60,6 +113,7 @@ def build_unet(config: UNetConfig, channels: int, sample_size: int, text_width: 
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,
         "dropout": config.dropout,
+        "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
     if text_width is None:
         return UNet2DModel(
@@ -79,16 +133,25 @@ def build_unet(config: UNetConfig, channels: int, sample_size: int, text_width: 
     )
 
 
-def example_inputs(network: ConditionalDenoiser) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and types of one sample's arguments to `forward`."""
-    unet: Any = network.unet
-    size, channels = unet.config.sample_size, unet.config.in_channels
-    inputs: list[tuple[tuple[int, ...], torch.dtype]] = [
-        ((1, channels, size, size), torch.float32),
-        ((1,), torch.int64),
-    ]
-    if network.text_encoder is not None:
-        inputs.append(((1, network.text_encoder.config.max_position_embeddings), torch.int64))
-    elif isinstance(unet, UNet2DConditionModel):
-        inputs.append(((1, 77, unet.config.cross_attention_dim), torch.float32))
-    return inputs
+def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[int, int] | None, classes: bool) -> float:
+    """Floating point operations of one sample's forward pass; `text_shape` is (length, width) of frozen features."""
+
+    class Example(nn.Module):
+        """The denoiser with one sample's arguments, which `forward_flops` cannot give as a mapping."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.denoiser = build()
+
+        def forward(self, timesteps: Tensor) -> Tensor:
+            device, told = timesteps.device, {}
+            if self.denoiser.text_encoder is not None:
+                length = self.denoiser.text_encoder.config.max_position_embeddings
+                told["text"] = torch.zeros(1, length, dtype=torch.int64, device=device)
+            elif text_shape is not None:
+                told["text"] = torch.zeros(1, *text_shape, device=device)
+            if classes:
+                told["classes"] = timesteps
+            return self.denoiser(torch.zeros(1, *self.denoiser.sample_shape, device=device), timesteps, told)
+
+    return forward_flops(Example, ((1,), torch.int64))

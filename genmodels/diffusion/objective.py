@@ -17,15 +17,16 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels import random
 from genmodels.diffusion.config import LatentDiffusionConfig, export_layout
-from genmodels.diffusion.network import ConditionalDenoiser, build_unet, example_inputs
+from genmodels.diffusion.dit import DiT, load_dit
+from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import NoiseSchedule
-from genmodels.diffusion.sampler import Guidance, make_sampler, sample, sampler_settings
+from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.encoder import build_text_encoder, pretrained_width
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
-from genmodels.weights import forward_flops, load_into
+from genmodels.weights import load_into
 
 TIMESTEP_BINS = 4
 PREVIEW_SEED = 1234
@@ -79,7 +80,7 @@ class LatentDiffusion(Objective):
         if config.autoencoder is not None:
             folder = _required(inputs, "autoencoder")
             autoencoder = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        if config.conditional:
+        if config.takes_text:
             tokenizer = load_tokenizer(_required(inputs, "tokenizer"))
         if isinstance(config.text_encoder, PretrainedTextEncoder):
             folder = _required(inputs, "text_encoder")
@@ -135,15 +136,39 @@ class LatentDiffusion(Objective):
         noise = random.normal(batch["seeds"], posterior.mean.shape[1:], "latent")
         return (posterior.mean + posterior.std * noise).float() * self.autoencoder.config.scaling_factor
 
-    def condition(self, batch: Batch, dropout: bool) -> Tensor | None:
-        """The denoiser's condition; with `dropout`, some captions are replaced by the empty one, by their seeds."""
-        if not self.config.conditional:
-            return None
+    def condition(self, batch: Batch, dropout: bool) -> Condition:
+        """What the denoiser is told; with `dropout`, by their seeds, some samples are told nothing."""
+        dropped = random.uniform(batch["seeds"], (), "dropout") < (self.config.condition_dropout if dropout else 0.0)
+        if self.config.classes is not None:
+            labels = self.labels(batch)
+            return {"classes": torch.where(dropped, len(self.config.classes), labels)}
+        if not self.config.takes_text:
+            return {}
         token_ids = batch["token_ids"]
-        if dropout and self.config.condition_dropout > 0:
-            dropped = random.uniform(batch["seeds"], (), "dropout") < self.config.condition_dropout
-            token_ids = torch.where(dropped[:, None], self._empty(token_ids), token_ids)
-        return self.encode_text(token_ids)
+        return {"text": self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids))}
+
+    def nothing(self, batch: Batch) -> Condition:
+        """The condition of samples that are told nothing."""
+        if self.config.classes is not None:
+            return {"classes": torch.full_like(batch["seeds"], len(self.config.classes))}
+        if not self.config.takes_text:
+            return {}
+        return {"text": self.encode_text(self._empty(batch["token_ids"]).expand_as(batch["token_ids"]))}
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Labels int64 (batch,) of captions that name classes; none for quarantined samples, which have no caption.
+
+        Raises:
+            ValueError: a caption names no class.
+        """
+        assert self.config.classes is not None
+        known = {name: label for label, name in enumerate(self.config.classes)}
+        found = []
+        for caption, key, weight in zip(batch["captions"], batch["keys"], batch["weight"].tolist()):
+            if weight and caption not in known:
+                raise ValueError(f"{key}: caption {caption!r} is not one of objective.classes")
+            found.append(known.get(caption, len(known)))
+        return torch.tensor(found, device=batch["seeds"].device)
 
     def encode_text(self, token_ids: Tensor) -> Tensor:
         """Features of the frozen text encoder; token ids as they are where the denoiser holds the encoder."""
@@ -156,20 +181,15 @@ class LatentDiffusion(Objective):
         """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
         count = min(self.config.preview_samples, len(batch["images"]))
         device = batch["images"].device
-        condition = negative = None
-        if self.config.conditional:
-            token_ids = batch["token_ids"][:count]
-            condition = self.encode_text(token_ids)
-            negative = self.encode_text(self._empty(token_ids).expand_as(token_ids))
-        unet: Any = self.denoiser.unet
+        first = {key: value[:count] if isinstance(value, (Tensor, list)) else value for key, value in batch.items()}
         latents = sample(
             self.denoiser,
-            (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
+            self.denoiser.sample_shape,
             torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=device),
             make_sampler("ddim", self.sampler_settings),
             min(self.config.preview_steps, self.config.train_timesteps - 1),
-            condition,
-            negative,
+            self.condition(first, dropout=False),
+            self.nothing(first),
             Guidance(self.config.preview_guidance_scale),
         )
         titles = list(batch["captions"][:count]) if self.config.conditional else []
@@ -196,12 +216,15 @@ class LatentDiffusion(Objective):
         }
 
     def load_weights(self, folder: Path) -> None:
-        """Start from an export: its `unet/` and, where it is trained along, its `text_encoder/`.
+        """Start from an export: its `unet/` or `transformer/` and, where it is trained along, its `text_encoder/`.
 
         Raises:
             ValueError: a part is missing or has other shapes.
         """
-        load_into(self.denoiser.unet, folder / "unet")
+        if isinstance(self.denoiser.backbone, DiT):
+            load_dit(self.denoiser.backbone, folder / "transformer")
+        else:
+            load_into(self.denoiser.backbone, folder / "unet")
         if self.denoiser.text_encoder is not None:
             load_into(self.denoiser.text_encoder, folder / "text_encoder")
 
@@ -211,9 +234,14 @@ class LatentDiffusion(Objective):
 
     @cached_property
     def _flops(self) -> float:
-        shapes = example_inputs(self.denoiser)
-        return forward_flops(
-            lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer), *shapes
+        features = None
+        if self.text_encoder is not None:
+            text: Any = self.text_encoder.config
+            features = (text.max_position_embeddings, text.hidden_size)
+        return example_flops(
+            lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer),
+            features,
+            self.config.classes is not None,
         )
 
     @property
@@ -239,7 +267,7 @@ class LatentDiffusion(Objective):
             return torch.sigmoid(config.logit_mean + config.logit_std * normal)
         return random.uniform(seeds, (), "timesteps") ** (1 / config.timestep_bias)
 
-    def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Tensor | None) -> Tensor:
+    def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         """Mean squared error of each sample's prediction, float32 (batch,)."""
         noise = random.normal(batch["seeds"], latents.shape[1:], "noise")
         if self.config.offset_noise > 0:
@@ -268,7 +296,7 @@ def build_denoiser(
     """A freshly initialised denoiser that fits the other parts; those not at hand are taken to be of the usual size.
 
     Raises:
-        ValueError: `image_size` is not a multiple of the autoencoder's reduction.
+        ValueError: `image_size` is not a multiple of the autoencoder's reduction, or the latents not of the patches.
     """
     channels, size = 3, config.image_size
     if config.autoencoder is not None:
@@ -283,7 +311,8 @@ def build_denoiser(
         width = config.text_encoder.width
     elif isinstance(config.text_encoder, PretrainedTextEncoder):
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
-    return ConditionalDenoiser(build_unet(config.unet, channels, size, width), text_encoder)
+    classes = None if config.classes is None else len(config.classes)
+    return ConditionalDenoiser(build_backbone(config.denoiser, channels, size, width, classes), text_encoder)
 
 
 def _required(inputs: Path | None, name: str) -> Path:

@@ -13,8 +13,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from genmodels.diffusion.dit import open_dit
+from genmodels.diffusion.layout import class_names
 from genmodels.diffusion.network import ConditionalDenoiser
-from genmodels.diffusion.sampler import Guidance, SamplerName, make_sampler, sample
+from genmodels.diffusion.sampler import NOTHING, Condition, Guidance, SamplerName, make_sampler, sample
 from genmodels.precision import autocast, resolve_precision
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
@@ -38,17 +40,20 @@ class TextToImage:
         autoencoder: AutoencoderKL | None = None,
         tokenizer: CLIPTokenizer | None = None,
         precision: str = "fp32",
+        classes: list[str] | None = None,
     ) -> None:
-        """Args: a model with a tokenizer is conditional, and `denoiser` holds its text encoder."""
+        """Args: a model with a tokenizer draws from text, and `denoiser` holds its encoder; one with `classes` from
+        their names."""
         self.precision = resolve_precision(precision, next(denoiser.parameters()).device)
         self.denoiser = denoiser
         self.sampler_settings = sampler_settings
         self.autoencoder = autoencoder
         self.tokenizer = tokenizer
+        self.classes = classes
 
     @staticmethod
     def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> TextToImage:
-        """Open an export of this project, or any folder in the Stable Diffusion or DDPMPipeline layout.
+        """Open an export of this project, or any folder in the layout of Stable Diffusion, DiTPipeline or DDPMPipeline.
 
         Args:
             folder: local folder.
@@ -60,35 +65,38 @@ class TextToImage:
             ValueError: a part is missing or the precision unknown; the message names it.
         """
         folder = Path(folder)
-        config = folder / "unet" / "config.json"
-        if not config.is_file():
-            raise ValueError(f"{folder} is no diffusion model: there is no unet/config.json")
-        name = json.loads(config.read_text())["_class_name"]
-        if name not in UNETS:
-            raise ValueError(f"{folder}/unet is a {name}; {' and '.join(UNETS)} can be drawn with")
         options: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-        unet: Any = UNETS[name].from_pretrained(folder / "unet", **options)  # type: ignore[attr-defined]
+        classes = class_names(folder)
+        backbone: Any
+        if (folder / "transformer" / "config.json").is_file():
+            backbone = open_dit(folder / "transformer", None if classes is None else len(classes))
+        elif (folder / "unet" / "config.json").is_file():
+            name = json.loads((folder / "unet" / "config.json").read_text())["_class_name"]
+            if name not in UNETS:
+                raise ValueError(f"{folder}/unet is a {name}; {' and '.join(UNETS)} can be drawn with")
+            backbone = UNETS[name].from_pretrained(folder / "unet", **options)  # type: ignore[attr-defined]
+        else:
+            raise ValueError(f"{folder} is no diffusion model: there is no unet/ or transformer/config.json")
         text_encoder = tokenizer = autoencoder = None
-        if name == "UNet2DConditionModel":
+        if (folder / "tokenizer").is_dir():
             text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
             tokenizer = load_tokenizer(folder / "tokenizer")
         if (folder / "vae").is_dir():
             autoencoder = AutoencoderKL.from_pretrained(folder / "vae", **options).to(device).eval()
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        denoiser = ConditionalDenoiser(unet, text_encoder).to(device).eval()
-        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision)
+        denoiser = ConditionalDenoiser(backbone, text_encoder).to(device).eval()
+        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes)
 
     @property
     def image_size(self) -> int:
         """Height and width in pixels."""
-        unet: Any = self.denoiser.unet
         factor = 1 if self.autoencoder is None else 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
-        return int(unet.config.sample_size * factor)
+        return self.denoiser.sample_shape[-1] * factor
 
     @property
     def conditional(self) -> bool:
-        """Whether it draws from prompts."""
-        return self.tokenizer is not None
+        """Whether it draws from prompts: texts, or names of classes."""
+        return self.tokenizer is not None or self.classes is not None
 
     @torch.inference_mode()
     def draw(
@@ -108,9 +116,9 @@ class TextToImage:
         """Draw one picture per prompt and seed.
 
         Args:
-            prompts: one per picture; None for an unconditional model.
+            prompts: one per picture, a text or the name of a class; None for an unconditional model.
             seeds: one per picture.
-            negative_prompts: one per picture, what to steer away from; None is the empty text.
+            negative_prompts: one per picture, what to steer away from; None is the empty text, or no class.
             num_steps: denoising steps.
             guidance_scale: 1 is the conditional model; more follows the prompt more closely.
             sampler: ddpm, ddim, dpm_solver++, euler, heun or euler_ancestral; see `make_sampler`.
@@ -138,10 +146,11 @@ class TextToImage:
         pictures = [np.empty((0, self.image_size, self.image_size, 3), dtype=np.uint8)]
         for start in range(0, len(seeds), batch_size):
             part = slice(start, min(start + batch_size, len(seeds)))
-            condition = None if prompts is None else self._features(prompts[part])
-            negative = None
-            if condition is not None:
-                negative = self._features([""] * len(condition) if negative_prompts is None else negative_prompts[part])
+            condition = NOTHING if prompts is None else self._condition(prompts[part])
+            negative = NOTHING
+            if prompts is not None:
+                plain = [""] * len(seeds[part])
+                negative = self._condition(plain if negative_prompts is None else negative_prompts[part])
 
             def on_step(done: float, part: slice = part) -> None:
                 if progress is not None:
@@ -156,16 +165,15 @@ class TextToImage:
         seeds: Sequence[int],
         sampler: Any,
         num_steps: int,
-        condition: Tensor | None,
-        negative: Tensor | None,
+        condition: Condition,
+        negative: Condition,
         guidance: Guidance,
         on_step: Callable[[float], None],
     ) -> np.ndarray:
-        unet: Any = self.denoiser.unet
         latents = sample(
             self._denoise,
-            (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size),
-            torch.tensor(list(seeds), dtype=torch.int64, device=unet.device),
+            self.denoiser.sample_shape,
+            torch.tensor(list(seeds), dtype=torch.int64, device=self._device),
             sampler,
             num_steps,
             condition,
@@ -177,18 +185,24 @@ class TextToImage:
             latents = self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample
         return to_pixels(latents)
 
-    def _features(self, prompts: Sequence[str]) -> Tensor:
-        """The text encoder's output, once per picture rather than once per step."""
-        assert self.tokenizer is not None and self.denoiser.text_encoder is not None
-        token_ids = encode(self.tokenizer, list(prompts)).to(self.denoiser.text_encoder.device)
-        return self.denoiser.text_encoder(token_ids).last_hidden_state
+    @property
+    def _device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
-    def _denoise(self, latents: Tensor, timesteps: Tensor, features: Tensor | None) -> Tensor:
-        unet: Any = self.denoiser.unet
+    def _condition(self, prompts: Sequence[str]) -> Condition:
+        """Labels, or the text encoder's output: once per picture rather than once per step."""
+        if self.classes is not None:
+            known = {"": len(self.classes), **{name: label for label, name in enumerate(self.classes)}}
+            if unknown := [prompt for prompt in prompts if prompt not in known]:
+                raise ValueError(f"{unknown[0]!r} is no class of this model; it has {', '.join(self.classes[:20])}")
+            return {"classes": torch.tensor([known[prompt] for prompt in prompts], device=self._device)}
+        assert self.tokenizer is not None and self.denoiser.text_encoder is not None
+        token_ids = encode(self.tokenizer, list(prompts)).to(self._device)
+        return {"text": self.denoiser.text_encoder(token_ids).last_hidden_state}
+
+    def _denoise(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         with autocast(self.precision, latents.device):
-            if features is None:
-                return unet(latents, timesteps).sample
-            return unet(latents, timesteps, encoder_hidden_states=features).sample
+            return self.denoiser.predict(latents, timesteps, condition)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:

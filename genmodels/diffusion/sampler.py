@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +42,11 @@ FLOW_SAMPLERS: dict[str, type] = {
 }
 _DRAW_NOISE = (DDPMScheduler, DDIMSampler, EulerAncestralSampler, FlowSampler)
 
-Denoise = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""denoise(latents (batch, …), timesteps (batch,), condition (batch, …) | None) -> prediction like the latents."""
+Condition = Mapping[str, Tensor]
+"""What the model is told of each sample, by kind: (batch, …) each; empty where it is told nothing."""
+Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
+"""denoise(latents (batch, …), timesteps (batch,), condition) -> prediction like the latents."""
+NOTHING: Condition = {}
 
 
 def sampler_settings(
@@ -151,8 +154,8 @@ class Guidance:
 
 def guided(
     denoise: Denoise,
-    condition: Tensor | None,
-    negative: Tensor | None,
+    condition: Condition,
+    negative: Condition,
     guidance: Guidance,
     train_timesteps: int = 1000,
 ) -> Denoise:
@@ -160,12 +163,12 @@ def guided(
 
     With a scale of 1, outside the interval, or without a negative condition, it is the conditional model in one pass.
     """
-    both = None if condition is None or negative is None else torch.cat([negative, condition])
+    both = {kind: torch.cat([negative[kind], condition[kind]]) for kind in negative}
     low, high = (bound * train_timesteps for bound in guidance.interval)
 
-    def denoise_guided(latents: Tensor, timesteps: Tensor, _: Tensor | None) -> Tensor:
+    def denoise_guided(latents: Tensor, timesteps: Tensor, _: Condition) -> Tensor:
         # All samples of a drawing are at the same timestep.
-        if both is None or guidance.scale == 1 or not low <= float(timesteps[0]) <= high:
+        if not both or guidance.scale == 1 or not low <= float(timesteps[0]) <= high:
             return denoise(latents, timesteps, condition)
         doubled = denoise(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
         return guidance.combine(*doubled.chunk(2))
@@ -179,8 +182,8 @@ def sample(
     seeds: Tensor,
     sampler: Any,
     num_steps: int,
-    condition: Tensor | None = None,
-    negative: Tensor | None = None,
+    condition: Condition = NOTHING,
+    negative: Condition = NOTHING,
     guidance: Guidance = Guidance(),
     on_step: Callable[[float], None] | None = None,
     initial: Tensor | None = None,
@@ -193,7 +196,7 @@ def sample(
         seeds: int64 (batch,), on the device to draw on.
         sampler: from `make_sampler`.
         num_steps: denoising steps, 1 … the model's training timesteps.
-        condition, negative: (batch, …) each, what to draw and what to steer away from.
+        condition, negative: what to draw and what to steer away from.
         guidance: how strongly.
         on_step: called with the number of steps done; Heun's steps count half of each pass.
         initial: noise to begin with, (batch, *shape) standard normal, in place of the seeds'; what `invert` gives.
@@ -214,7 +217,7 @@ def sample(
     latents = latents * getattr(sampler, "init_noise_sigma", 1.0)
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
-        prediction = denoise(scaled, timestep.expand(len(seeds)), None).float()
+        prediction = denoise(scaled, timestep.expand(len(seeds)), condition).float()
         latents = sampler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         if on_step is not None:
             on_step((index + 1) * num_steps / len(sampler.timesteps))
@@ -226,7 +229,7 @@ def invert(
     latents: Tensor,
     sampler: Any,
     num_steps: int,
-    condition: Tensor | None = None,
+    condition: Condition = NOTHING,
     iterations: int = 5,
 ) -> Tensor:
     """The noise from which DDIM draws given latents: `sample(…, initial=invert(…))` gives them back.
@@ -240,7 +243,7 @@ def invert(
         latents: (batch, channels, height, width), clean.
         sampler: "ddim" of `make_sampler` with eta 0; for a flow "euler" as well.
         num_steps: steps, the same as for drawing.
-        condition: (batch, …), as for drawing.
+        condition: as for drawing.
         iterations: passes for each step.
 
     Returns:

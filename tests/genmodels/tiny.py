@@ -16,7 +16,14 @@ from genmodels.text import tokenizer
 
 CAPTIONS = ["a red seven on a white background", "handwritten 7, ink red", "blue 3", "a green four on black paper"]
 TEXT = {"kind": "trained", "width": 16, "layers": 1, "heads": 2, "length": 12, "vocab_size": 560}
-UNET = {"channels": [16, 16], "attention": [False, True], "head_dim": 8, "layers_per_block": 1, "norm_groups": 8}
+UNET = {
+    "kind": "unet",
+    "channels": [16, 16],
+    "attention": [False, True],
+    "head_dim": 8,
+    "layers_per_block": 1,
+    "norm_groups": 8,
+}
 
 
 def autoencoder_config(**changes: Any) -> AutoencoderConfig:
@@ -25,7 +32,7 @@ def autoencoder_config(**changes: Any) -> AutoencoderConfig:
 
 
 def diffusion_config(**changes: Any) -> LatentDiffusionConfig:
-    settings = {"image_size": 16, "autoencoder": "given", "unet": UNET, "text_encoder": TEXT, **changes}
+    settings = {"image_size": 16, "autoencoder": "given", "denoiser": UNET, "text_encoder": TEXT, **changes}
     return LatentDiffusionConfig.model_validate(settings)
 
 

@@ -39,7 +39,14 @@ def export(root):
     config = LatentDiffusionConfig.model_validate(
         {
             "image_size": 8,
-            "unet": {"channels": [8], "attention": [True], "layers_per_block": 1, "head_dim": 8, "norm_groups": 4},
+            "denoiser": {
+                "kind": "unet",
+                "channels": [8],
+                "attention": [True],
+                "layers_per_block": 1,
+                "head_dim": 8,
+                "norm_groups": 4,
+            },
             "text_encoder": {"kind": "trained", "width": 8, "layers": 1, "heads": 1, "vocab_size": 520, "length": 12},
         }
     )

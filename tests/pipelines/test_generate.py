@@ -14,7 +14,7 @@ from PIL import Image
 from infra.errors import main_exit
 from pipelines import generate, generation
 
-UNET = {"channels": [8], "layers_per_block": 1, "head_dim": 8, "norm_groups": 4}
+UNET = {"kind": "unet", "channels": [8], "layers_per_block": 1, "head_dim": 8, "norm_groups": 4}
 TEXT = {"kind": "trained", "width": 8, "layers": 1, "heads": 1, "vocab_size": 520, "length": 12}
 
 
@@ -24,7 +24,7 @@ def _export(folder: Path, text_encoder: dict) -> Path:
     from genmodels.text.tokenizer import save, train_tokenizer
 
     unet = {**UNET, "attention": [text_encoder["kind"] != "none"]}
-    config = LatentDiffusionConfig.model_validate({"image_size": 8, "unet": unet, "text_encoder": text_encoder})
+    config = LatentDiffusionConfig.model_validate({"image_size": 8, "denoiser": unet, "text_encoder": text_encoder})
     save(train_tokenizer(["a red seven", "a blue one"], 520, 12), folder / "inputs" / "tokenizer")
     LatentDiffusion.from_config(config, folder / "inputs").export(folder / "export")
     return folder / "export"

@@ -122,8 +122,8 @@ def test_latent_diffusion_reads_text_with_the_export(inputs: Path, tmp_path: Pat
     config = tiny.diffusion_config(autoencoder=None, text_encoder={"kind": "pretrained", "path": "models:/clip"})
     diffusion: Any = build_objective(config, tmp_path / "inputs")
     batch = given(inputs)
-    assert diffusion.denoiser.unet.config.cross_attention_dim == tiny.TEXT["width"]
-    assert diffusion.condition(batch, dropout=False).shape == (8, tiny.TEXT["length"], tiny.TEXT["width"])
+    assert diffusion.denoiser.backbone.config.cross_attention_dim == tiny.TEXT["width"]
+    assert diffusion.condition(batch, dropout=False)["text"].shape == (8, tiny.TEXT["length"], tiny.TEXT["width"])
     assert diffusion.loss(batch).loss.isfinite()
 
 

@@ -16,6 +16,8 @@ from genmodels.families import build_objective
 from tests.genmodels import tiny
 
 FLOW = {"prediction_type": "flow", "noise_schedule": "flow", "flow_shift": 2.0}
+DIT = {"kind": "dit", "patch_size": 2, "width": 24, "depth": 2, "heads": 3}
+CLASSES = {"classes": ["one", "two", "three"], "text_encoder": {"kind": "none"}}
 PIXELS = {"autoencoder": None, "text_encoder": {"kind": "none"}}
 PROMPTS, NEGATIVE, SEEDS = tiny.CAPTIONS[:3], ["green", "", "paper"], [3, 4, 5]
 
@@ -94,6 +96,74 @@ def test_own_layout_opens_with_our_pipeline(inputs, tmp_path, changes):
     assert model.draw(prompts, SEEDS, num_steps=2).shape == (3, 16, 16, 3)
 
 
+def test_dit_layout(inputs, tmp_path, monkeypatch):
+    from diffusers import DiTPipeline
+    from diffusers.pipelines.dit import pipeline_dit
+
+    objective, facts = exported(inputs, tmp_path, **CLASSES, denoiser=DIT)
+    fill(objective, tmp_path)
+    assert facts["layout"] == "DiTPipeline"
+    ours, names = TextToImage.from_folder(tmp_path), ["one", "two", "three"]
+    initial = random.normal(torch.tensor(SEEDS), (4, 4, 4), "initial")
+    monkeypatch.setattr(pipeline_dit, "randn_tensor", lambda **_: initial)
+    theirs = DiTPipeline.from_pretrained(tmp_path, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    labels = theirs.get_label_ids(names)
+    for guidance_scale in (1.0, 3.0):
+        drawn = ours.draw(names, SEEDS, num_steps=5, guidance_scale=guidance_scale)
+        images = theirs(labels, guidance_scale=guidance_scale, num_inference_steps=5, output_type="np").images
+        assert np.abs(drawn / 255 - images).max() <= 0.5 / 255 + 1e-3 and images.std() > 0.05
+    assert (drawn[0] != ours.draw(["two"], SEEDS[:1], num_steps=5, guidance_scale=3.0)[0]).any()
+    with pytest.raises(ValueError, match="'seven' is no class of this model; it has one, two, three"):
+        ours.draw(["seven"], [1])
+
+
+def fill(objective, folder):
+    """Give a network that begins as zero weights that draw something, and export it again."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in objective.denoiser.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    objective.export(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"denoiser": DIT},
+        {"denoiser": DIT | {"text_attention": "joint"}},
+        {"denoiser": DIT, "text_encoder": {"kind": "none"}},
+        {"denoiser": DIT, "autoencoder": None, **CLASSES},
+        CLASSES,
+    ],
+    ids=[
+        "text by cross-attention",
+        "text by joint attention",
+        "a DiT told nothing",
+        "a DiT in pixels",
+        "U-Net of classes",
+    ],
+)
+def test_what_diffusers_has_no_pipeline_for_is_opened_as_it_was(inputs, tmp_path, changes):
+    changes = changes | ({"text_encoder": {"kind": "none"}} if "classes" in changes else {})
+    objective, facts = exported(inputs, tmp_path / "export", **changes)
+    fill(objective, tmp_path / "export")
+    assert facts["layout"] == "own"
+    torch.manual_seed(5)
+    again = build_objective(objective.config, inputs)
+    again.load_weights(tmp_path / "export")
+    for (name, a), b in zip(again.denoiser.state_dict().items(), objective.denoiser.state_dict().values(), strict=True):
+        assert a.equal(b), name
+    model = TextToImage.from_folder(tmp_path / "export")
+    prompts = (["one", "two", "three"] if model.classes else PROMPTS) if model.conditional else None
+    with torch.no_grad():
+        batch = tiny.with_tokens(tiny.batch(3), inputs) | {"captions": list(prompts or PROMPTS)}
+        expected = objective.preview(batch).images
+    drawn = model.draw(prompts, list(range(1234, 1237)), num_steps=15, guidance_scale=2.0)
+    pixels = ((expected + 1) * 127.5).round().permute(0, 2, 3, 1).numpy()
+    assert np.abs(drawn - pixels).max() <= 1 and np.ptp(drawn) > 20
+
+
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
 @pytest.mark.parametrize("changes", [{}, FLOW], ids=["diffusion", "flow"])
 def test_a_picture_depends_on_prompt_and_seed_alone(inputs, tmp_path, sampler, changes):
@@ -142,6 +212,6 @@ def test_bad_requests_are_named(inputs, tmp_path):
         TextToImage.from_folder(tmp_path / "text").draw(["a"], [1, 2])
     with pytest.raises(ValueError, match="unconditional"):
         TextToImage.from_folder(tmp_path / "plain").draw(["a"], [1])
-    with pytest.raises(ValueError, match=r"no unet/config\.json"):
+    with pytest.raises(ValueError, match=r"no unet/ or transformer/config\.json"):
         TextToImage.from_folder(tmp_path)
     assert TextToImage.from_folder(tmp_path / "plain").draw(None, []).shape == (0, 16, 16, 3)

@@ -64,7 +64,7 @@ def test_biased_timesteps_have_the_density_that_is_documented(inputs, monkeypatc
     monkeypatch.setattr(
         objective, "_errors", lambda batch, latents, timesteps, condition: seen.append(timesteps) or torch.zeros(4096)
     )
-    monkeypatch.setattr(objective, "condition", lambda batch, dropout: None)
+    monkeypatch.setattr(objective, "condition", lambda batch, dropout: {})
     objective.loss({"seeds": torch.arange(4096), "weight": torch.ones(4096), "images": torch.zeros(4096, 1)})
     (timesteps,) = seen
     assert timesteps.min() >= 0 and timesteps.max() <= objective.config.train_timesteps - 1
@@ -100,7 +100,7 @@ def test_flow_matching_is_the_error_of_the_velocity(inputs, batch):
     noise, time = random.normal(seeds, latents.shape[1:], "noise"), random.uniform(seeds, (), "timesteps")
     share = time.float()[:, None, None, None]
     with torch.no_grad():
-        predicted = objective.denoiser((1 - share) * latents + share * noise, 1000 * time, batch["token_ids"])
+        predicted = objective.denoiser((1 - share) * latents + share * noise, 1000 * time, {"text": batch["token_ids"]})
         expected = (predicted - (noise - latents)).square().mean()
         torch.testing.assert_close(objective.loss(batch).loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -144,13 +144,50 @@ def test_micro_batches_add_up_to_the_whole(objective, batch):
 
 def test_dropped_captions_become_the_empty_caption(inputs, objective):
     batch = tiny.with_tokens(tiny.batch(400), inputs)
-    token_ids = objective.condition(batch, dropout=True)
+    token_ids = objective.condition(batch, dropout=True)["text"]
     empty = encode(objective.tokenizer, [""])
     dropped = (token_ids == empty).all(1)
     expected = random.uniform(batch["seeds"], (), "dropout") < 0.1
     assert dropped.equal(expected) and 0 < dropped.sum() < 100
     assert token_ids[~dropped].equal(batch["token_ids"][~dropped])
-    assert objective.condition(batch, dropout=False).equal(batch["token_ids"])
+    assert objective.condition(batch, dropout=False)["text"].equal(batch["token_ids"])
+
+
+def test_captions_are_names_of_classes(inputs):
+    names = sorted(set(tiny.CAPTIONS))
+    config = tiny.diffusion_config(classes=names, text_encoder={"kind": "none"})
+    objective, batch = build_objective(config, inputs), tiny.batch(400)
+    told, dropped = (
+        objective.condition(batch, dropout=False)["classes"],
+        objective.condition(batch, dropout=True)["classes"],
+    )
+    assert [names[label] for label in told] == batch["captions"]
+    expected = random.uniform(batch["seeds"], (), "dropout") < 0.1
+    assert (dropped == len(names)).equal(expected) and dropped[~expected].equal(told[~expected])
+    quarantined = {**batch, "captions": [""] * 400, "weight": torch.zeros(400)}
+    assert objective.condition(quarantined, dropout=False)["classes"].eq(len(names)).all()
+    with pytest.raises(ValueError, match="shard/0: caption 'a cat' is not one of"):
+        objective.condition({**batch, "captions": ["a cat"] * 400}, dropout=False)
+    found = gradients(objective, batch)
+    assert all(gradient.abs().sum() > 0 for gradient in found.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"classes": ["a"]}, "with classes, set text_encoder.kind=none"),
+        ({"classes": ["a", "a"], "text_encoder": {"kind": "none"}}, "each one once"),
+        ({"denoiser": {"kind": "dit", "width": 30, "heads": 4}}, "width 30 is not a multiple of heads 4"),
+    ],
+)
+def test_conditions_and_transformers_that_do_not_fit_are_named(changes, said):
+    with pytest.raises(ValidationError, match=said):
+        tiny.diffusion_config(**changes)
+
+
+def test_patches_that_do_not_divide_the_latents_are_named(inputs):
+    with pytest.raises(ValueError, match="patch_size 3 does not divide the latents' side 4"):
+        build_objective(tiny.diffusion_config(denoiser={"kind": "dit", "patch_size": 3}), inputs)
 
 
 def test_latents_are_scaled_posterior_samples_of_unit_deviation(inputs, objective):
@@ -172,9 +209,9 @@ def test_the_loss_is_the_error_of_the_prediction(objective, batch):
     latents, seeds = objective.latents(batch), batch["seeds"]
     noise, timesteps = random.normal(seeds, latents.shape[1:], "noise"), random.integers(seeds, 1000, "timesteps")
     with torch.no_grad():
-        features = objective.denoiser.text_encoder(objective.condition(batch, dropout=True)).last_hidden_state
+        features = objective.denoiser.text_encoder(objective.condition(batch, dropout=True)["text"]).last_hidden_state
         noisy = schedule.add_noise(latents, noise, timesteps)
-        predicted = objective.denoiser.unet(noisy, timesteps, encoder_hidden_states=features).sample
+        predicted = objective.denoiser.backbone(noisy, timesteps, encoder_hidden_states=features).sample
         expected = (predicted - schedule.get_velocity(latents, noise, timesteps)).square().mean()
         torch.testing.assert_close(objective.loss(batch).loss, expected, rtol=1e-4, atol=1e-5)
 
@@ -248,7 +285,7 @@ def test_weights_start_from_an_export_and_misfits_are_named(inputs, objective, t
         assert a.equal(b), name
     wider = {**tiny.UNET, "channels": [16, 32]}
     with pytest.raises(ValueError, match=r"is \(.*\) there and \(.*\) here"):
-        build_objective(tiny.diffusion_config(unet=wider), inputs).load_weights(tmp_path)
+        build_objective(tiny.diffusion_config(denoiser=wider), inputs).load_weights(tmp_path)
     with pytest.raises(ValueError, match=r"no config\.json"):
         other.load_weights(tmp_path / "nothing")
 
@@ -261,6 +298,6 @@ def test_missing_inputs_and_misspelt_keys_are_named(tmp_path):
     with pytest.raises(ValidationError, match="imagesize"):
         read({"kind": "latent_diffusion", "imagesize": 32})
     with pytest.raises(ValidationError, match="norm_groups"):
-        read({"kind": "latent_diffusion", "unet": {"channels": [20], "attention": [True]}})
+        read({"kind": "latent_diffusion", "denoiser": {"kind": "unet", "channels": [20], "attention": [True]}})
     with pytest.raises(ValidationError, match="'autoencoder', 'clip', 'latent_diffusion'"):
         read({"kind": "gan"})

@@ -180,7 +180,7 @@ def test_only_deterministic_ddim_is_inverted():
 @pytest.mark.parametrize("name", sorted(SAMPLERS))
 def test_a_sample_does_not_depend_on_its_batch(name):
     def denoise(latents, timesteps, condition):
-        return torch.tanh(latents * condition.reshape(-1, 1, 1, 1) + timesteps.reshape(-1, 1, 1, 1) / 1000)
+        return torch.tanh(latents * condition["gain"].reshape(-1, 1, 1, 1) + timesteps.reshape(-1, 1, 1, 1) / 1000)
 
     seeds, condition = torch.tensor([5, 11, -3, 2**62]), torch.tensor([0.1, 0.2, 0.3, 0.4])
     settings = sampler_settings("linear", "v_prediction")
@@ -188,8 +188,8 @@ def test_a_sample_does_not_depend_on_its_batch(name):
 
     def draw(part):
         sampler = make_sampler(name, settings)
-        return sample(denoise, SHAPE, seeds[part], sampler, condition=condition[part],
-                      negative=torch.zeros_like(condition[part]), **arguments)  # fmt: skip
+        return sample(denoise, SHAPE, seeds[part], sampler, condition={"gain": condition[part]},
+                      negative={"gain": torch.zeros_like(condition[part])}, **arguments)  # fmt: skip
 
     together = draw(slice(None))
     alone = torch.cat([draw(slice(i, i + 1)) for i in range(4)])
@@ -202,12 +202,12 @@ def test_guidance_scale_1_is_the_conditional_model_in_one_pass():
 
     def denoise(latents, timesteps, condition):
         passes.append(len(latents))
-        return latents * condition[:, None]
+        return latents * condition["gain"][:, None]
 
     latents, timesteps = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
-    condition, negative = torch.tensor([2.0, 3.0]), torch.tensor([1.0, 1.0])
+    condition, negative = {"gain": torch.tensor([2.0, 3.0])}, {"gain": torch.tensor([1.0, 1.0])}
     plain = guided(denoise, condition, negative, Guidance(1.0))(latents, timesteps, None)
-    assert plain.equal(latents * condition[:, None]) and passes == [2]
+    assert plain.equal(latents * condition["gain"][:, None]) and passes == [2]
     doubled = guided(denoise, condition, negative, Guidance(3.0))(latents, timesteps, None)
     assert doubled.equal(torch.tensor([4.0, 7.0])[:, None].expand(2, 3)) and passes == [2, 4]
 
@@ -233,9 +233,9 @@ def test_guidance_within_an_interval_only():
 
     def denoise(latents, timesteps, condition):
         passes.append(len(latents))
-        return latents * condition[:, None]
+        return latents * condition["gain"][:, None]
 
-    condition, negative = torch.tensor([2.0]), torch.tensor([1.0])
+    condition, negative = {"gain": torch.tensor([2.0])}, {"gain": torch.tensor([1.0])}
     model = guided(denoise, condition, negative, Guidance(3.0, interval=(0.2, 0.8)), 1000)
     for timestep, expected in ((900, 2.0), (800, 4.0), (200, 4.0), (100, 2.0)):
         assert model(torch.ones(1, 3), torch.tensor([timestep]), None).unique().item() == expected

@@ -48,7 +48,12 @@ _PRESET: dict[str, Any] = {
         "audit": True,
     },
     "data": {"global_batch_size": GLOBAL_BATCH, "lanes": 4, "slots_per_lane": 8, "read_cpus": 0.5},
-    "objective": {"kind": "latent_diffusion", "image_size": IMAGE_SIZE, "unet": tiny.UNET, "text_encoder": tiny.TEXT},
+    "objective": {
+        "kind": "latent_diffusion",
+        "image_size": IMAGE_SIZE,
+        "denoiser": tiny.UNET,
+        "text_encoder": tiny.TEXT,
+    },
     "optimizer": {"learning_rate": 2e-3, "lr_schedule": "cosine", "warmup_steps": 5},
     "ema": {"decay": 0.9},
     "workers": {"count": 2, "threads": 1},

@@ -66,13 +66,13 @@ def test_overrides_merge_and_the_rest_stays():
     plain = load_config("ldm_demo", [])
     config = load_config(
         "ldm_demo",
-        ["run.steps=7", "optimizer.learning_rate=1e-3", "objective.unet.channels=[32, 64]", "run.init_from="],
+        ["run.steps=7", "optimizer.learning_rate=1e-3", "objective.denoiser.channels=[32, 64]", "run.init_from="],
     )
     assert (config.run.steps, config.optimizer.learning_rate) == (7, 1e-3)
-    assert config.objective.unet.channels == [32, 64]
+    assert config.objective.denoiser.channels == [32, 64]
     assert config.run.init_from is None
     before, after = (flatten(json.loads(each.model_dump_json())) for each in (plain, config))
-    assert {key for key in before if before[key] != after[key]} == {"run.steps", "objective.unet.channels"}
+    assert {key for key in before if before[key] != after[key]} == {"run.steps", "objective.denoiser.channels"}
 
 
 def test_the_last_override_wins_and_sections_appear():
@@ -100,7 +100,7 @@ def test_a_foreign_key_names_what_is_allowed():
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
-        ("objective.unet.chanels=[64]", "unknown key objective.unet.chanels (did you mean channels?)"),
+        ("objective.denoiser.chanels=[64]", "unknown key objective.denoiser.chanels (did you mean channels?)"),
         ("objective.text_encoder.widht=3", "unknown key objective.text_encoder.widht (did you mean width?)"),
         ("objective.kind=gan", "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion'"),
         ("engines.denoiser.zero_stag=2", "unknown key engines.denoiser.zero_stag (did you mean zero_stage?)"),
@@ -125,7 +125,7 @@ def test_a_union_member_does_not_offer_the_keys_of_another():
         ("precision.compute=fp8", "precision.compute"),
         ("ema.decay=1", "ema.decay"),
         ("data=here", "data"),
-        ("objective.unet.channels=[32, a]", "objective.unet.channels.1"),
+        ("objective.denoiser.channels=[32, a]", "objective.denoiser.channels.1"),
         ("data.url=gs://bucket/x", "data.url"),
         ("run.root=gs://bucket/x", "run.root"),
         ("tracking.register_as=a/b", "tracking.register_as"),
@@ -274,7 +274,7 @@ def test_help_describes_every_key():
     lines = describe_keys(TrainConfig)
     described = {match[1] for line in lines if (match := re.match(r"  ([\w.]+)  \(", line))}
     assert described == _all_keys(TrainConfig)
-    assert {"run.steps", "objective.unet.channels", "objective.discriminator.weight", "engines"} <= described
+    assert {"run.steps", "objective.denoiser.channels", "objective.discriminator.weight", "engines"} <= described
     assert "  objective.kind=latent_diffusion:" in lines and "  objective.text_encoder.kind=pretrained:" in lines
     assert next(line for line in lines if line.startswith("  run.steps  (required) "))
     plain = {"beta1", "beta2", "epsilon", "weight_decay", "experiment", "kind"}  # the field's own names say it

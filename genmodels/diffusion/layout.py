@@ -1,0 +1,25 @@
+"""What an export folder of a diffusion model says of itself, read without any model library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+OWN_INDEX = "genmodels.json"
+
+
+def class_names(folder: Path) -> list[str] | None:
+    """The classes that a model was trained on, by label; None where it has none."""
+    for name, key in ((OWN_INDEX, "classes"), ("model_index.json", "id2label")):
+        if (folder / name).is_file():
+            found = json.loads((folder / name).read_text()).get(key)
+            if isinstance(found, dict):  # diffusers' DiTPipeline
+                found = [found[label] for label in sorted(found, key=int)]
+            if found:
+                return list(found)
+    return None
+
+
+def takes_prompts(folder: Path) -> bool:
+    """Whether the model draws from prompts: texts, or names of its classes."""
+    return (folder / "tokenizer").is_dir() or class_names(folder) is not None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -207,11 +208,8 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
         ),
     )
     display = ProgressDisplay(board, config.run.name, config.run.steps)
-    error: Exception | None = None
     try:
-        trainer.fit()
-    except Exception as raised:
-        error = raised
+        error = _fit_in_thread(trainer)
     finally:
         display.close()
     cause = first_cause(ray.get(board.failures.remote()))
@@ -220,6 +218,26 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
     if cause is not None:
         raise RunFailed(describe_failure(cause)) from error
     raise RunFailed(f"training ended without a worker's report: {error}") from error
+
+
+def _fit_in_thread(trainer: Any) -> Exception | None:
+    """`trainer.fit()`; what it raises is returned.
+
+    In the main thread Ray Train would take over SIGINT for the rest of the process, and exit with 0 when it comes.
+    """
+    raised: list[Exception] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(1.0)
+    return raised[0] if raised else None
 
 
 def _publish(

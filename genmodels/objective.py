@@ -59,7 +59,7 @@ class Phase:
         start_step: first step at which the phase runs.
         couples_samples: the loss mixes the samples of a batch (a contrastive loss, batch norm). Accumulation would
             then change its meaning, so it is refused.
-        double_backward: the loss differentiates a gradient (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
+        double_backward: the loss takes a gradient itself (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
     """
 
     network: str

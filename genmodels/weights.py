@@ -17,10 +17,15 @@ def load_into(network: nn.Module, folder: Path) -> None:
     Raises:
         ValueError: the folder is missing, or names or shapes differ; the message gives the first few.
     """
+    copy_weights(open_folder(type(network), folder), network, folder)
+
+
+def open_folder(kind: type, folder: Path) -> dict[str, Tensor]:
+    """The weights of a diffusers or transformers model of class `kind`. Raises ValueError where there is none."""
     if not (folder / "config.json").is_file():
-        raise ValueError(f"init_from: {folder} holds no {type(network).__name__} (no config.json there)")
-    source: Any = type(network)
-    copy_weights(source.from_pretrained(folder, use_safetensors=True).state_dict(), network, folder)
+        raise ValueError(f"init_from: {folder} holds no {kind.__name__} (no config.json there)")
+    source: Any = kind
+    return source.from_pretrained(folder, use_safetensors=True).state_dict()
 
 
 def copy_weights(weights: dict[str, Tensor], network: nn.Module, folder: Path) -> None:

@@ -9,6 +9,7 @@ In: a frame with column `png`, a picture file as bytes, its sides multiples of t
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,12 @@ class AutoencoderModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Open the export; weights are read here, once."""
-        from diffusers import AutoencoderKL
+        from genmodels.autoencoder.codec import LatentCodec
 
-        self.autoencoder = AutoencoderKL.from_pretrained(context.artifacts["export"]).eval()
+        self.autoencoder = LatentCodec.from_folder(Path(context.artifacts["export"]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
-        """Reconstruct each picture from the mean of its posterior."""
+        """Reconstruct each picture, from the mean of its posterior where there is one."""
         import torch
 
         pictures = []
@@ -36,8 +37,7 @@ class AutoencoderModel(PythonModel):
             pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) / 127.5 - 1.0
             with torch.inference_mode():
                 images = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, height, width)
-                latents = self.autoencoder.encode(images).latent_dist.mode()
-                decoded = self.autoencoder.decode(latents).sample[0].permute(1, 2, 0)
+                decoded = self.autoencoder.decode(self.autoencoder.encode(images))[0].permute(1, 2, 0)
             buffer = io.BytesIO()
             Image.fromarray(((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().numpy()).save(buffer, "PNG")
             pictures.append(buffer.getvalue())

@@ -17,7 +17,7 @@ def export_kind(folder: str | os.PathLike[str]) -> str | None:
         return "clip"
     if (folder / "config.json").is_file():
         text = (folder / "config.json").read_text()
-        if json.loads(text).get("_class_name") == "AutoencoderKL":
+        if json.loads(text).get("_class_name") in ("AutoencoderKL", "VQModel"):
             return "autoencoder"
     return None
 

@@ -50,11 +50,8 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
 
 
 def _opening(name: str, layout: str) -> list[str]:
-    if layout == "AutoencoderKL":
-        openers = [
-            "from diffusers import AutoencoderKL",
-            "autoencoder = AutoencoderKL.from_pretrained(folder)",
-        ]
+    if layout in ("AutoencoderKL", "VQModel"):
+        openers = [f"from diffusers import {layout}", f"autoencoder = {layout}.from_pretrained(folder)"]
         return ["`artifacts/` of this model is a diffusers folder:", "", "```python", *openers, "```"]
     if layout == "CLIP":
         return [

@@ -1,21 +1,78 @@
-"""The networks of autoencoder training: diffusers' KL autoencoder behind one forward, and a patch discriminator."""
+"""The networks of autoencoder training: diffusers' autoencoders behind one forward each, and a patch discriminator."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
+
+from genmodels.autoencoder.vector_quantiser import VectorQuantiser
+from genmodels.weights import copy_weights, load_into, open_folder
 
 
 class Reconstruction(NamedTuple):
-    """What one pass gives: images (batch, 3, height, width), and the posterior's mean, log variance and sample."""
+    """What one pass gives."""
 
-    images: Tensor
-    mean: Tensor  # (batch, latent_channels, height / f, width / f), as the next two
-    log_variance: Tensor
-    latents: Tensor
+    images: Tensor  # (batch, 3, height, width)
+    latents: Tensor  # (batch, latent_channels, height / f, width / f): what diffusion would learn
+    penalty: Tensor  # (batch,): KL divergence in nats, or the mean squared distance to the codes
+    mean: Tensor | None = None  # of the posterior, like the latents
+    log_variance: Tensor | None = None
+    codes: Tensor | None = None  # int64 (batch, height / f, width / f)
+
+
+class ReconstructingVQ(nn.Module):
+    """Encode, quantise, decode: one module call, so that an engine sees one network with one forward."""
+
+    def __init__(self, model: VQModel, quantiser: VectorQuantiser) -> None:
+        """Args: of `model`, everything but its own codebook is used."""
+        super().__init__()
+        model.quantize = quantiser
+        self.model = model
+
+    @property
+    def quantiser(self) -> VectorQuantiser:
+        found = self.model.quantize
+        assert isinstance(found, VectorQuantiser)
+        return found
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the decoder ends with."""
+        return self.model.decoder.conv_out.weight
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
+        """Reconstruct `images` (batch, 3, height, width) in [-1, 1]; `noise` is not read."""
+        encoded: Any = self.model.encode(images.to(next(self.model.parameters()).dtype))
+        quantised = self.quantiser(encoded.latents)
+        decoded = self.model.decoder(self.model.post_quant_conv(quantised.latents))
+        return Reconstruction(
+            decoded.float(), encoded.latents.float(), quantised.commitment.float(), codes=quantised.codes
+        )
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute activations in the backward pass instead of keeping them."""
+        self.model.enable_gradient_checkpointing()
+
+    def save(self, folder: Path, scaling_factor: float) -> None:
+        """As a VQModel of diffusers."""
+        config = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
+        theirs: Any = VQModel(**{**config, "scaling_factor": scaling_factor})
+        state = {key: value for key, value in self.model.state_dict().items() if not key.startswith("quantize.")}
+        theirs.load_state_dict({**state, "quantize.embedding.weight": self.quantiser.codebook})
+        theirs.save_pretrained(folder, safe_serialization=True)
+
+    def load(self, folder: Path) -> None:
+        """From a VQModel folder. Raises ValueError where the weights are missing or have other shapes."""
+        codec = open_folder(VQModel, folder)
+        state = {name.replace("quantize.embedding.weight", "quantize.codebook"): v for name, v in codec.items()}
+        own = self.model.state_dict()
+        state |= {name: own[name] for name in ("quantize.usage", "quantize.totals")}
+        copy_weights(state, self.model, folder)
+        self.quantiser.restart()
 
 
 class ReconstructingAutoencoder(nn.Module):
@@ -26,8 +83,9 @@ class ReconstructingAutoencoder(nn.Module):
         self.model = model
 
     @property
-    def latent_channels(self) -> int:
-        return int(self.model.config.latent_channels)
+    def last_layer(self) -> nn.Parameter:
+        """The weight that the decoder ends with."""
+        return self.model.decoder.conv_out.weight
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> Reconstruction:
         """Reconstruct.
@@ -39,11 +97,22 @@ class ReconstructingAutoencoder(nn.Module):
         posterior = self.model.encode(images.to(next(self.model.parameters()).dtype)).latent_dist
         latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.to(posterior.mean.dtype)
         decoded = self.model.decode(latents).sample
-        return Reconstruction(decoded.float(), posterior.mean.float(), posterior.logvar.float(), latents.float())
+        mean, log_variance = posterior.mean.float(), posterior.logvar.float()
+        penalty = kl_divergence(mean, log_variance)
+        return Reconstruction(decoded.float(), latents.float(), penalty, mean, log_variance)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
         self.model.enable_gradient_checkpointing()
+
+    def save(self, folder: Path, scaling_factor: float) -> None:
+        """As an AutoencoderKL of diffusers."""
+        self.model.register_to_config(scaling_factor=scaling_factor)
+        self.model.save_pretrained(folder, safe_serialization=True)
+
+    def load(self, folder: Path) -> None:
+        """From an AutoencoderKL folder. Raises ValueError where the weights are missing or have other shapes."""
+        load_into(self.model, folder)
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training objective of the KL autoencoder of latent diffusion.
+"""The training objective of latent diffusion's autoencoders, with either regulariser.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), appendix G, with the
 adversarial part of Esser et al., "Taming Transformers" (CVPR 2021) as a second phase.
@@ -12,26 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+import torch.distributed as dist
+from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from genmodels import random
-from genmodels.autoencoder.config import AutoencoderConfig
+from genmodels.autoencoder.config import AutoencoderConfig, KlRegulariser
 from genmodels.autoencoder.network import (
     PatchDiscriminator,
     ReconstructingAutoencoder,
+    ReconstructingVQ,
     Reconstruction,
     hinge_loss,
-    kl_divergence,
 )
 from genmodels.autoencoder.perceptual import PerceptualDistance
+from genmodels.autoencoder.vector_quantiser import VectorQuantiser
 from genmodels.metrics.image import psnr
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
-from genmodels.weights import forward_flops, load_into
+from genmodels.weights import forward_flops
 
 
 class Autoencoder(Objective):
-    """Reconstruction, KL and optionally perceptual and adversarial terms; the latents' scale is measured at the end.
+    """Reconstruction, regulariser and optionally perceptual and adversarial terms; the latents' scale is measured last.
 
     The loss is Rombach's, divided by the number of values in an image: weights mean the same at every resolution.
     """
@@ -42,7 +44,16 @@ class Autoencoder(Objective):
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         self.frozen: dict[str, nn.Module] = {} if perceptual is None else {"perceptual": perceptual}
         self.perceptual = perceptual
-        self.phases = [Phase("autoencoder", self.autoencoder_loss)]
+        adaptive = config.discriminator is not None and config.discriminator.adaptive
+        self.phases = [
+            Phase(
+                "autoencoder",
+                self.autoencoder_loss,
+                # The codebook sums over the batch of all ranks, and the adaptive weight over its gradients.
+                couples_samples=adaptive or config.regulariser.kind == "vq",
+                double_backward=adaptive,
+            )
+        ]
         self.latent_std = torch.ones((), dtype=torch.float64)
         if config.discriminator is not None:
             self.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
@@ -78,18 +89,36 @@ class Autoencoder(Objective):
         return self.autoencoder(batch["images"], noise)
 
     def autoencoder_loss(self, batch: Batch) -> PhaseLoss:
-        """Reconstruction + KL + perceptual and, from the discriminator's start on, −D(reconstruction)."""
+        """Reconstruction + regulariser + perceptual and, from the discriminator's start on, −D(reconstruction)."""
         result = self.reconstruct(batch)
         terms = self._terms(batch, result)
         per_sample = terms["loss"]
+        if isinstance(self.autoencoder, ReconstructingVQ) and result.codes is not None and torch.is_grad_enabled():
+            quantiser = self.autoencoder.quantiser
+            perplexity = quantiser.update(result.latents, result.codes, batch["weight"], batch["step"])
+            terms["perplexity"] = perplexity.expand(len(per_sample))
         if self.config.discriminator is not None:
             adversarial = torch.zeros_like(per_sample)
             if batch["step"] >= self.config.discriminator.start_step:
                 adversarial = -self.discriminator(result.images).flatten(1).mean(1)
-                per_sample = per_sample + self.config.discriminator.weight * adversarial
+                factor = torch.ones(())
+                if self.config.discriminator.adaptive and torch.is_grad_enabled():
+                    factor = self._gradient_ratio(batch["weight"] * per_sample, batch["weight"] * adversarial)
+                    terms["adversarial_factor"] = factor.expand(len(per_sample))
+                per_sample = per_sample + self.config.discriminator.weight * factor * adversarial
             terms["adversarial"] = adversarial
         metrics = {name: Mean.of(values, batch["weight"]) for name, values in {**terms, "loss": per_sample}.items()}
         return PhaseLoss((batch["weight"] * per_sample).mean(), metrics)
+
+    def _gradient_ratio(self, reconstruction: Tensor, adversarial: Tensor) -> Tensor:
+        """How much stronger the reconstruction's gradient is at the decoder's last layer: Esser et al. 2021, eq. 7."""
+        norms = []
+        for per_sample in (reconstruction, adversarial):
+            (gradient,) = torch.autograd.grad(per_sample.sum(), self.autoencoder.last_layer, retain_graph=True)
+            if dist.is_initialized():
+                dist.all_reduce(gradient)
+            norms.append(gradient.norm())
+        return (norms[0] / (norms[1] + 1e-4)).clamp(max=1e4)
 
     def discriminator_loss(self, batch: Batch) -> PhaseLoss:
         """Hinge loss of real images against reconstructions, which pass no gradient on."""
@@ -105,7 +134,7 @@ class Autoencoder(Objective):
         return PhaseLoss((batch["weight"] * per_sample).mean(), metrics)
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
-        """`loss` without the adversarial term, `l1`, `kl` in nats per image, and `psnr` in dB."""
+        """`loss` without the adversarial term, `l1`, `psnr` in dB, and `kl` in nats per image or `commitment`."""
         result = self.reconstruct(batch)
         terms = self._terms(batch, result)
         terms["psnr"] = _decibels(result.images, batch["images"])
@@ -159,23 +188,22 @@ class Autoencoder(Objective):
         self.latent_std = state["latent_std"].double().cpu()
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """A diffusers AutoencoderKL folder with the measured scaling factor; opened by `from_pretrained`."""
-        self.autoencoder.model.register_to_config(scaling_factor=self.scaling_factor)
-        self.autoencoder.model.save_pretrained(folder, safe_serialization=True)
+        """A diffusers AutoencoderKL or VQModel folder with the measured scaling factor; opened by `from_pretrained`."""
+        self.autoencoder.save(folder, self.scaling_factor)
         return {
-            "layout": "AutoencoderKL",
+            "layout": type(self.autoencoder.model).__name__,
             "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items()},
             "scaling_factor": self.scaling_factor,
             "factor": self.config.factor,
         }
 
     def load_weights(self, folder: Path) -> None:
-        """Start from an AutoencoderKL folder, or the `vae/` of a Stable Diffusion folder.
+        """Start from an AutoencoderKL or VQModel folder, or the `vae/` of a Stable Diffusion folder.
 
         Raises:
             ValueError: the weights are missing or have other shapes.
         """
-        load_into(self.autoencoder.model, folder / "vae" if (folder / "vae").is_dir() else folder)
+        self.autoencoder.load(folder / "vae" if (folder / "vae").is_dir() else folder)
 
     def flops_per_sample(self) -> float:
         """Of the autoencoder's forward pass; the discriminator's and the perceptual network's are not counted."""
@@ -191,29 +219,39 @@ class Autoencoder(Objective):
         difference = result.images - batch["images"]
         l1 = difference.abs().flatten(1).mean(1)
         error = l1 if self.config.reconstruction == "l1" else difference.square().flatten(1).mean(1)
-        kl = kl_divergence(result.mean, result.log_variance)
-        terms = {"loss": error + self.config.kl_weight * kl / difference[0].numel(), "l1": l1, "kl": kl}
+        regulariser = self.config.regulariser
+        if isinstance(regulariser, KlRegulariser):
+            loss = error + regulariser.weight * result.penalty / difference[0].numel()
+            terms = {"loss": loss, "l1": l1, "kl": result.penalty}
+        else:
+            loss = error + regulariser.commitment_weight * result.penalty
+            terms = {"loss": loss, "l1": l1, "commitment": result.penalty}
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(result.images, batch["images"])
             terms["loss"] = terms["loss"] + self.config.perceptual_weight * terms["perceptual"]
         return terms
 
 
-def build_autoencoder(config: AutoencoderConfig) -> ReconstructingAutoencoder:
+def build_autoencoder(config: AutoencoderConfig) -> ReconstructingAutoencoder | ReconstructingVQ:
     """A freshly initialised autoencoder."""
     blocks = len(config.channels)
-    return ReconstructingAutoencoder(
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * blocks,
-            up_block_types=("UpDecoderBlock2D",) * blocks,
-            block_out_channels=tuple(config.channels),
-            layers_per_block=config.layers_per_block,
-            latent_channels=config.latent_channels,
-            norm_num_groups=config.norm_groups,
-            sample_size=config.image_size,
-            scaling_factor=1.0,
-        )
+    common: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * blocks,
+        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+        "block_out_channels": tuple(config.channels),
+        "layers_per_block": config.layers_per_block,
+        "latent_channels": config.latent_channels,
+        "norm_num_groups": config.norm_groups,
+        "sample_size": config.image_size,
+        "scaling_factor": 1.0,
+    }
+    chosen = config.regulariser
+    if isinstance(chosen, KlRegulariser):
+        return ReconstructingAutoencoder(AutoencoderKL(**common))
+    quantiser = VectorQuantiser(
+        chosen.codebook_size, config.latent_channels, chosen.codebook_decay, chosen.revive_below
     )
+    return ReconstructingVQ(VQModel(**common, num_vq_embeddings=chosen.codebook_size), quantiser)
 
 
 def _decibels(images: Tensor, references: Tensor) -> Tensor:

@@ -16,13 +16,19 @@ from genmodels.diffusion.objective import LatentDiffusion
 from genmodels.text.tokenizer import save as save_tokenizer
 
 
+def layout_of(objective: LatentDiffusion) -> str:
+    """`export_layout` of its configuration, if the autoencoder is of the kind that diffusers' pipelines take."""
+    autoencoder = objective.autoencoder
+    return "own" if autoencoder is not None and not autoencoder.is_kl else export_layout(objective.config)
+
+
 def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
     """Write `unet/` or `transformer/`, `scheduler/` and, where there are, `vae/`, `text_encoder/` and `tokenizer/`.
 
-    The layout is `export_layout(objective.config)`: those of diffusers carry a `model_index.json` with which its own
+    The layout is `layout_of(objective)`: those of diffusers carry a `model_index.json` with which its own
     pipelines open them, ours a `genmodels.json`. `TextToImage.from_folder` opens all.
     """
-    layout = export_layout(objective.config)
+    layout = layout_of(objective)
     folder.mkdir(parents=True, exist_ok=True)
     backbone: Any = objective.denoiser.backbone
     part = "unet"
@@ -42,8 +48,9 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
     parts["scheduler"] = ("diffusers", type(sampler).__name__)
 
     if objective.autoencoder is not None:
-        objective.autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
-        parts["vae"] = ("diffusers", "AutoencoderKL")
+        autoencoder: Any = objective.autoencoder.model
+        autoencoder.save_pretrained(folder / "vae", safe_serialization=True)
+        parts["vae"] = ("diffusers", type(autoencoder).__name__)
     if objective.config.takes_text:
         text_encoder: Any = objective.denoiser.text_encoder or objective.text_encoder
         if text_encoder is None or objective.tokenizer is None:

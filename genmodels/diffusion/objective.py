@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels import random
-from genmodels.diffusion.config import LatentDiffusionConfig, export_layout
+from genmodels.autoencoder.codec import LatentCodec
+from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.dit import DiT, load_dit
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import NoiseSchedule
@@ -42,7 +42,7 @@ class LatentDiffusion(Objective):
         self,
         config: LatentDiffusionConfig,
         denoiser: ConditionalDenoiser,
-        autoencoder: AutoencoderKL | None = None,
+        autoencoder: LatentCodec | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
     ) -> None:
@@ -70,16 +70,15 @@ class LatentDiffusion(Objective):
 
         Args:
             config: what to build.
-            inputs: folder that holds `autoencoder/` (a diffusers AutoencoderKL), `tokenizer/`, and `text_encoder/`
-                where it is pretrained.
+            inputs: folder that holds `autoencoder/` (an AutoencoderKL or VQModel of diffusers), `tokenizer/`, and
+                `text_encoder/` where it is pretrained.
 
         Raises:
             ValueError: an input is missing or does not fit; the message names it.
         """
         autoencoder = tokenizer = frozen_text = None
         if config.autoencoder is not None:
-            folder = _required(inputs, "autoencoder")
-            autoencoder = AutoencoderKL.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            autoencoder = LatentCodec.from_folder(_required(inputs, "autoencoder"))
         if config.takes_text:
             tokenizer = load_tokenizer(_required(inputs, "tokenizer"))
         if isinstance(config.text_encoder, PretrainedTextEncoder):
@@ -126,15 +125,11 @@ class LatentDiffusion(Objective):
             for name in parts[0]
         }
 
-    @torch.no_grad()
     def latents(self, batch: Batch) -> Tensor:
-        """What is diffused: scaled samples of the autoencoder's posterior, or the images themselves."""
+        """What is diffused: scaled latents of the autoencoder, or the images themselves."""
         if self.autoencoder is None:
             return batch["images"]
-        images = batch["images"].to(next(self.autoencoder.parameters()).dtype)
-        posterior = self.autoencoder.encode(images).latent_dist
-        noise = random.normal(batch["seeds"], posterior.mean.shape[1:], "latent")
-        return (posterior.mean + posterior.std * noise).float() * self.autoencoder.config.scaling_factor
+        return self.autoencoder.encode(batch["images"], batch["seeds"])
 
     def condition(self, batch: Batch, dropout: bool) -> Condition:
         """What the denoiser is told; with `dropout`, by their seeds, some samples are told nothing."""
@@ -197,18 +192,15 @@ class LatentDiffusion(Objective):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents (batch, channels, height, width), nominally in [-1, 1]."""
-        if self.autoencoder is None:
-            return latents
-        dtype = next(self.autoencoder.parameters()).dtype
-        return self.autoencoder.decode((latents / self.autoencoder.config.scaling_factor).to(dtype)).sample.float()
+        return latents if self.autoencoder is None else self.autoencoder.decode(latents)
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """Write the model in the layout that `export_layout` names; returns that name and the parameter counts."""
-        from genmodels.diffusion.export import export_diffusion
+        """Write the model in the layout that `layout_of` names; returns that name and the parameter counts."""
+        from genmodels.diffusion.export import export_diffusion, layout_of
 
         export_diffusion(self, folder)
         return {
-            "layout": export_layout(self.config),
+            "layout": layout_of(self),
             "parameters": {
                 name: sum(p.numel() for p in network.parameters())
                 for name, network in {**self.networks, **self.frozen}.items()
@@ -289,7 +281,7 @@ class LatentDiffusion(Objective):
 
 def build_denoiser(
     config: LatentDiffusionConfig,
-    autoencoder: AutoencoderKL | None = None,
+    autoencoder: LatentCodec | None = None,
     frozen_text: CLIPTextModel | None = None,
     tokenizer: CLIPTokenizer | None = None,
 ) -> ConditionalDenoiser:
@@ -300,8 +292,8 @@ def build_denoiser(
     """
     channels, size = 3, config.image_size
     if config.autoencoder is not None:
-        factor = 8 if autoencoder is None else 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        channels = 4 if autoencoder is None else autoencoder.config.latent_channels
+        factor = 8 if autoencoder is None else autoencoder.factor
+        channels = 4 if autoencoder is None else autoencoder.channels
         if autoencoder is not None and size % factor:
             raise ValueError(f"image_size {size} is not a multiple of the autoencoder's factor {factor}")
         size //= factor

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from genmodels.autoencoder.codec import LatentCodec
 from genmodels.diffusion.dit import open_dit
 from genmodels.diffusion.layout import class_names
 from genmodels.diffusion.network import ConditionalDenoiser
@@ -37,7 +38,7 @@ class TextToImage:
         self,
         denoiser: ConditionalDenoiser,
         sampler_settings: dict[str, Any],
-        autoencoder: AutoencoderKL | None = None,
+        autoencoder: LatentCodec | None = None,
         tokenizer: CLIPTokenizer | None = None,
         precision: str = "fp32",
         classes: list[str] | None = None,
@@ -82,7 +83,7 @@ class TextToImage:
             text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
             tokenizer = load_tokenizer(folder / "tokenizer")
         if (folder / "vae").is_dir():
-            autoencoder = AutoencoderKL.from_pretrained(folder / "vae", **options).to(device).eval()
+            autoencoder = LatentCodec.from_folder(folder / "vae").to(device)
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         denoiser = ConditionalDenoiser(backbone, text_encoder).to(device).eval()
         return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes)
@@ -90,7 +91,7 @@ class TextToImage:
     @property
     def image_size(self) -> int:
         """Height and width in pixels."""
-        factor = 1 if self.autoencoder is None else 2 ** (len(self.autoencoder.config.block_out_channels) - 1)
+        factor = 1 if self.autoencoder is None else self.autoencoder.factor
         return self.denoiser.sample_shape[-1] * factor
 
     @property
@@ -182,7 +183,7 @@ class TextToImage:
             on_step,
         )
         if self.autoencoder is not None:
-            latents = self.autoencoder.decode(latents / self.autoencoder.config.scaling_factor).sample
+            latents = self.autoencoder.decode(latents)
         return to_pixels(latents)
 
     @property

@@ -91,4 +91,5 @@ def _layout(config: TrainConfig) -> str:
         return f"{layout} (diffusers opens it)" if layout != "own" else "our own: only generate.py opens it"
     if config.objective.kind == "clip":
         return "CLIP (transformers opens its text encoder)"
-    return "AutoencoderKL (diffusers opens it)"
+    name = "AutoencoderKL" if config.objective.regulariser.kind == "kl" else "VQModel"
+    return f"{name} (diffusers opens it)"

@@ -56,6 +56,22 @@ def test_the_discriminator_starts_late(objective):
     assert before.metrics.keys() == after.metrics.keys()
 
 
+def test_an_adaptive_weight_gives_both_terms_the_same_strength():
+    torch.manual_seed(0)
+    objective = build_objective(
+        tiny.autoencoder_config(discriminator=DISCRIMINATOR | {"adaptive": True, "weight": 1.0})
+    )
+    batch, last = tiny.batch(4, step=3), objective.autoencoder.last_layer
+    result = objective.autoencoder_loss(batch)
+    (both,) = torch.autograd.grad(result.loss, last)
+    plain = objective._terms(batch, objective.reconstruct(batch))["loss"].mean()
+    (reconstruction,) = torch.autograd.grad(plain, last)
+    # The two gradients have one norm, up to the 1e-4 that keeps the ratio finite.
+    assert (both - reconstruction).norm().item() == pytest.approx(reconstruction.norm().item(), rel=0.02)
+    assert objective.phases[0].couples_samples and objective.phases[0].double_backward
+    assert result.metrics["adversarial_factor"].total > 0
+
+
 @pytest.mark.parametrize("phase", [0, 1])
 def test_a_sample_of_weight_0_adds_nothing(objective, phase):
     batch = tiny.batch(4, step=5)
@@ -69,7 +85,9 @@ def test_a_sample_of_weight_0_adds_nothing(objective, phase):
 
 @pytest.mark.parametrize("reconstruction", ["l1", "l2"])
 def test_the_loss_is_rombachs_over_the_number_of_values(reconstruction):
-    objective = build_objective(tiny.autoencoder_config(reconstruction=reconstruction, kl_weight=0.3))
+    objective = build_objective(
+        tiny.autoencoder_config(reconstruction=reconstruction, regulariser={"kind": "kl", "weight": 0.3})
+    )
     batch = tiny.batch(4)
     result = objective.reconstruct(batch)
     difference = (result.images - batch["images"]).flatten(1)

@@ -1,0 +1,83 @@
+"""A trained autoencoder of either regulariser, as diffusion uses it: images to scaled latents, and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, VQModel
+from torch import Tensor, nn
+
+from genmodels import random
+
+CLASSES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
+
+
+class LatentCodec(nn.Module):
+    """Encodes to latents of unit deviation; frozen.
+
+    The latents of a vector-quantised autoencoder are those before the codebook: its decoder begins with it, and so
+    forgives small errors (Rombach et al. 2022, section 3.1).
+    """
+
+    def __init__(self, model: AutoencoderKL | VQModel) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+
+    @staticmethod
+    def from_folder(folder: Path) -> LatentCodec:
+        """Open an AutoencoderKL or a VQModel of diffusers.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        config = folder / "config.json"
+        name = json.loads(config.read_text()).get("_class_name") if config.is_file() else "nothing"
+        if name not in CLASSES:
+            raise ValueError(f"{folder} holds {name}, and no {' or '.join(CLASSES)}")
+        source: Any = CLASSES[name]
+        return LatentCodec(source.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+
+    @property
+    def is_kl(self) -> bool:
+        """Whether it is an AutoencoderKL, as diffusers' pipelines expect."""
+        return isinstance(self.model, AutoencoderKL)
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along one side."""
+        return 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    @property
+    def channels(self) -> int:
+        """Of the latents."""
+        config: Any = self.model.config
+        return int(config.get("vq_embed_dim") or config.latent_channels)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Scaled latents, float32 (batch, channels, height / factor, width / factor).
+
+        Args:
+            images: (batch, 3, height, width) in [-1, 1].
+            seeds: int64 (batch,): a KL autoencoder's posterior is sampled by these, or gives its mean without.
+        """
+        encoded: Any = self.model.encode(images.to(self._dtype))
+        if isinstance(self.model, VQModel):
+            return encoded.latents.float() * self.model.config.scaling_factor
+        posterior = encoded.latent_dist
+        latents = posterior.mean
+        if seeds is not None:
+            latents = latents + posterior.std * random.normal(seeds, latents.shape[1:], "latent")
+        return latents.float() * self.model.config.scaling_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images, float32, nominally in [-1, 1], of scaled latents."""
+        decoded: Any = self.model.decode((latents / self.model.config.scaling_factor).to(self._dtype))
+        return decoded.sample.float()

@@ -25,6 +25,16 @@ class UNetConfig(Section):
     layers_per_block: int = Field(2, gt=0, description="residual blocks per resolution")
     transformer_layers: int = Field(1, gt=0, description="transformer layers per attention (with a text encoder)")
     head_dim: int = Field(40, gt=0, description="features per attention head; divides the channels that attend")
+    heads: int | None = Field(
+        None, gt=0, description="attention heads, in place of head_dim: the same at all resolutions"
+    )
+    linear_projection: bool = Field(
+        False, description="linear layers around attention to text, in place of 1x1 convolutions (Stable Diffusion 2)"
+    )
+    scale_shift: bool = Field(
+        False, description="the timestep scales features too, not only shifts; without text alone"
+    )
+    resnet_resampling: bool = Field(False, description="residual blocks resample; without text alone")
     norm_groups: int = Field(32, gt=0, description="groups of the normalisation; divides every entry of channels")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped; which, depends on workers.count")
 
@@ -35,11 +45,16 @@ class UNetConfig(Section):
         for channels, attends in zip(self.channels, self.attention):
             if channels % self.norm_groups:
                 raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
-            if attends and channels % self.head_dim:
-                raise ValueError(f"channels {channels} is not a multiple of head_dim {self.head_dim}")
-        if self.channels[-1] % self.head_dim:  # the middle always attends
-            raise ValueError(f"channels {self.channels[-1]} is not a multiple of head_dim {self.head_dim}")
+            if attends:
+                self._check_heads(channels)
+        self._check_heads(self.channels[-1])  # the middle always attends
         return self
+
+    def _check_heads(self, channels: int) -> None:
+        if self.heads is not None and channels % self.heads:
+            raise ValueError(f"channels {channels} is not a multiple of heads {self.heads}")
+        if self.heads is None and channels % self.head_dim:
+            raise ValueError(f"channels {channels} is not a multiple of head_dim {self.head_dim}")
 
 
 class DiTConfig(Section):
@@ -70,6 +85,8 @@ class LatentDiffusionConfig(Section):
     autoencoder: str | None = Field(
         None, description="folder, checkpoint or models:/NAME of the autoencoder; null diffuses pixels"
     )
+    latent_channels: int = Field(4, gt=0, description="the autoencoder's, for estimates while it is not at hand")
+    latent_factor: int = Field(8, gt=0, description="the autoencoder's, for estimates while it is not at hand")
     denoiser: Annotated[UNetConfig | DiTConfig, Field(discriminator="kind")] = Field(
         UNetConfig(), description="kind unet or dit"
     )
@@ -116,6 +133,9 @@ class LatentDiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _predicts_something(self) -> LatentDiffusionConfig:
+        unet = self.denoiser
+        if isinstance(unet, UNetConfig) and self.takes_text and (unet.scale_shift or unet.resnet_resampling):
+            raise ValueError("scale_shift and resnet_resampling are of U-Nets without text")
         if self.classes is not None and self.takes_text:
             raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):

@@ -102,6 +102,9 @@ def build_backbone(
     return _build_unet(config, channels, sample_size, text_width, num_classes)
 
 
+_PLAIN = ("DownBlock2D", "UpBlock2D")
+
+
 def _build_unet(
     config: UNetConfig, channels: int, sample_size: int, text_width: int | None, num_classes: int | None
 ) -> Any:
@@ -115,21 +118,28 @@ def _build_unet(
         "dropout": config.dropout,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
     }
+    heads = [config.heads or max(1, channels // config.head_dim) for channels in config.channels]
     if text_width is None:
+        resample = "resnet" if config.resnet_resampling else "conv"
+        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resnet_resampling else _PLAIN
         return UNet2DModel(
             **common,
-            down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-            up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
-            attention_head_dim=config.head_dim,
+            down_block_types=tuple("AttnDownBlock2D" if a else plain[0] for a in config.attention),
+            up_block_types=tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(config.attention)),
+            attention_head_dim=config.head_dim if config.heads is None else config.channels[-1] // config.heads,
+            downsample_type=resample,
+            upsample_type=resample,
+            resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
         )
     return UNet2DConditionModel(
         **common,
-        down_block_types=tuple("CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention),
-        up_block_types=tuple("CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention)),
+        down_block_types=tuple("CrossAttnDownBlock2D" if a else _PLAIN[0] for a in config.attention),
+        up_block_types=tuple("CrossAttnUpBlock2D" if a else _PLAIN[1] for a in reversed(config.attention)),
         cross_attention_dim=text_width,
         transformer_layers_per_block=config.transformer_layers,
         # diffusers reads this argument as the number of heads, whatever its name.
-        attention_head_dim=tuple(max(1, c // config.head_dim) for c in config.channels),
+        attention_head_dim=tuple(heads),
+        use_linear_projection=config.linear_projection,
     )
 
 

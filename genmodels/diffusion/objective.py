@@ -292,8 +292,8 @@ def build_denoiser(
     """
     channels, size = 3, config.image_size
     if config.autoencoder is not None:
-        factor = 8 if autoencoder is None else autoencoder.factor
-        channels = 4 if autoencoder is None else autoencoder.channels
+        factor = config.latent_factor if autoencoder is None else autoencoder.factor
+        channels = config.latent_channels if autoencoder is None else autoencoder.channels
         if autoencoder is not None and size % factor:
             raise ValueError(f"image_size {size} is not a multiple of the autoencoder's factor {factor}")
         size //= factor

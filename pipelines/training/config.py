@@ -272,7 +272,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A YAML file by path, or by its name among the presets."""
+    """A YAML file by path, or by its name among the presets; `extends: NAME` begins with the values of that one."""
     path = Path(name)
     if not path.is_file():
         path = PRESETS / (name if name.endswith(".yaml") else f"{name}.yaml")
@@ -285,7 +285,19 @@ def read_preset(name: str) -> dict[str, Any]:
         raise BadRequest(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise BadRequest(f"{path} must hold a mapping of sections (run, data, objective, …)")
-    return tree
+    base = tree.pop("extends", None)
+    return tree if base is None else _merged(read_preset(str(base)), tree)
+
+
+def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `tree` in place of its own; a section of another `kind` is replaced whole."""
+    merged = dict(base)
+    for key, value in tree.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind"):
+            value = _merged(old, value)
+        merged[key] = value
+    return merged
 
 
 def override(tree: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from genmodels.families import build_objective
+from genmodels.families import build_objective, objective_class
 from genmodels.text import tokenizer
 from genmodels.text.encoder import fetch_pretrained
 from pipelines.data.batch import RankBatch
-from pipelines.training.config import PRESETS, TrainConfig, load_config
+from pipelines.training.config import PRESETS, TrainConfig, load_config, read_preset
 from pipelines.training.trainer import Trainer
 from tests.genmodels.tiny import CAPTIONS
 
@@ -88,3 +88,53 @@ def test_every_demo_preset_takes_one_step(preset, tmp_path):
 
 def test_there_are_demo_presets():
     assert {"autoencoder_demo", "clip_demo", "ldm_demo"} <= set(DEMO_PRESETS)
+
+
+def given(preset: str) -> TrainConfig:
+    """A preset with what it leaves to be given."""
+    overrides = ["data.url=s3://bucket/shards"]
+    if preset in ("ldm_256", "sd1", "sd2"):
+        overrides.append("objective.text_encoder.path=folder")
+    if preset.startswith("dit"):
+        overrides.append(f"objective.classes={[str(number) for number in range(1000)]}")
+    return load_config(preset, overrides)
+
+
+def backbone_parameters(config: TrainConfig) -> int:
+    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
+    network = networks["denoiser"] if "denoiser" in networks else networks["autoencoder"]
+    backbone: Any = getattr(network, "backbone", network)
+    return sum(p.numel() for p in backbone.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("autoencoder_256", 83_653_863),  # Stable Diffusion's AutoencoderKL
+        ("autoencoder_vq_f4", 55_298_206),  # with 8,192 × 3 numbers of the codebook, a buffer here: 55.32 M
+        ("ldm_bedrooms_f4", 274_056_163),  # 274.06 M
+        ("ldm_churches_f8", 294_965_380),  # 294.96 M
+        ("ldm_text_f8", 872_300_484),  # 872.30 M
+        ("sd1", 859_520_964),
+        ("sd2", 865_910_724),
+        # The papers' DiT predict a variance too: 2·4·p² more outputs, each of width + 1 weights.
+        ("dit_s", 32_963_360 - 256 * 384 - 16 * 385),
+        ("dit_b", 130_512_416 - 256 * 768 - 16 * 769),
+        ("dit_l", 458_102_816 - 256 * 1024 - 16 * 1025),
+        ("dit_xl", 675_129_632 - 256 * 1152 - 16 * 1153),
+    ],
+)
+def test_published_sizes(preset, published):
+    assert backbone_parameters(given(preset)) == published
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_every_preset_is_whole(preset):
+    config = given(preset)
+    assert config.run.name == config.tracking.register_as == preset.replace("_", "-")
+
+
+def test_a_preset_extends_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("a: {b: 1, c: 2}\nd: {kind: x, e: 3}\nf: 4\n")
+    (tmp_path / "own.yaml").write_text(f"extends: {tmp_path}/base.yaml\na: {{c: 5}}\nd: {{kind: y, g: 6}}\n")
+    assert read_preset(str(tmp_path / "own.yaml")) == {"a": {"b": 1, "c": 5}, "d": {"kind": "y", "g": 6}, "f": 4}

@@ -49,7 +49,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
     storage.check_access(root_of(config), write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     index, order = prepare_data(config, folder)
-    with Lease(folder):
+    with Lease(folder) as lease:
         folder.begin(config)
         newest = checkpoints.newest_verified(folder.checkpoints)
         _check_continuation(config, newest, index)
@@ -66,7 +66,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if not complete:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-                _fit(config, folder, uri, run_id)
+                _fit(config, folder, uri, run_id, lease)
+            lease.check()
             summary = _publish(config, folder, uri, run_id, index, order)
         except BaseException as error:
             _mark_failed(uri, run_id, error)
@@ -166,7 +167,7 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: Data
     return run_id
 
 
-def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
+def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease) -> None:
     cluster.connect(config)
     import ray
     from ray.train import FailureConfig, ScalingConfig
@@ -209,7 +210,7 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
     )
     display = ProgressDisplay(board, config.run.name, config.run.steps)
     try:
-        error = _fit_in_thread(trainer)
+        error = _fit_in_thread(trainer, lease)
     finally:
         display.close()
     cause = first_cause(ray.get(board.failures.remote()))
@@ -220,8 +221,8 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str) -> None:
     raise RunFailed(f"training ended without a worker's report: {error}") from error
 
 
-def _fit_in_thread(trainer: Any) -> Exception | None:
-    """`trainer.fit()`; what it raises is returned.
+def _fit_in_thread(trainer: Any, lease: Lease) -> Exception | None:
+    """`trainer.fit()`; what it raises is returned. Raises RunFailed where the lease is lost meanwhile.
 
     In the main thread Ray Train would take over SIGINT for the rest of the process, and exit with 0 when it comes.
     """
@@ -237,6 +238,7 @@ def _fit_in_thread(trainer: Any) -> Exception | None:
     thread.start()
     while thread.is_alive():
         thread.join(1.0)
+        lease.check()
     return raised[0] if raised else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
@@ -16,7 +15,7 @@ import psutil
 from filelock import FileLock
 
 from infra import storage
-from infra.errors import BadRequest
+from infra.errors import BadRequest, RunFailed
 from pipelines.training.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 10.0
@@ -28,7 +27,7 @@ class Lease:
     """Held in a `with` block by the driver; renewed by a thread, and free again after EXPIRY_SECONDS without renewal.
 
     A driver that died on this machine is noticed at once, so the same command can be typed again at once. A driver that
-    was cut off for so long that another one took over is interrupted.
+    was cut off for so long that another one took over learns it by `check`.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -39,7 +38,7 @@ class Lease:
             "pid": os.getpid(),
             "started": psutil.Process().create_time(),
         }
-        self._ended = threading.Event()
+        self._ended, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
@@ -79,17 +78,22 @@ class Lease:
         found = self.folder.read("lease.json")
         return found is not None and found["token"] == self.owner["token"]
 
+    def check(self) -> None:
+        """Raises RunFailed where another launch has taken over."""
+        if self._lost.is_set():
+            raise RunFailed(f"{self.folder.url}: another launch of this run took over while this one was cut off")
+
     def _write(self) -> None:
         self.folder.write("lease.json", {**self.owner, "renewed": time.time()})
 
     def _renew(self) -> None:
         while not self._ended.wait(HEARTBEAT_SECONDS):
             try:
-                if not self._is_ours():
-                    print(f"{self.folder.url}: another launch of this run took over; this one stops", file=sys.stderr)
-                    os.kill(os.getpid(), signal.SIGINT)
-                    return
-                self._write()
+                with self._one_at_a_time():
+                    if not self._is_ours():
+                        self._lost.set()
+                        return
+                    self._write()
             except Exception as error:  # of storage, which may answer again before the lease expires
                 print(f"{self.folder.url}: the lease could not be renewed ({error}); trying again", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""One launch at a time: who comes second is refused, who lost the lease stops, who died is forgotten."""
+"""One launch at a time: who comes second is refused, who lost the lease knows, who died is forgotten."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from infra import storage
-from infra.errors import BadRequest
+from infra.errors import BadRequest, RunFailed
 from pipelines.training import lease
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder
@@ -67,7 +67,7 @@ def test_of_many_at_once_one_holds_it(folder):
     held[0].__exit__()
 
 
-def test_storage_may_fail_once_and_a_foreign_lease_interrupts(folder, monkeypatch, capfd):
+def test_storage_may_fail_for_a_while_and_a_lost_lease_is_known(folder, monkeypatch, capfd):
     monkeypatch.setattr(lease, "HEARTBEAT_SECONDS", 0.01)
     failures = iter([OSError("the server is away")] * 3)
     write = storage.write_bytes
@@ -77,16 +77,18 @@ def test_storage_may_fail_once_and_a_foreign_lease_interrupts(folder, monkeypatc
             raise failure
         write(url, data)
 
-    with pytest.raises(KeyboardInterrupt), Lease(folder) as own:
+    with Lease(folder) as own:
         monkeypatch.setattr(storage, "write_bytes", write_bytes)
         renewed = folder.read("lease.json")["renewed"]
         deadline = time.time() + 5
         while folder.read("lease.json")["renewed"] == renewed and time.time() < deadline:
             time.sleep(0.01)
         assert folder.read("lease.json")["renewed"] > renewed
-        write(folder.path("lease.json"), b'{"token": "theirs", "host": "another", "pid": 1, "renewed": 9e99}')
+        own.check()
+        with own._one_at_a_time():
+            write(folder.path("lease.json"), b'{"token": "theirs", "host": "another", "pid": 1, "renewed": 9e99}')
         own._thread.join(timeout=5)
-        time.sleep(1)
-    said = capfd.readouterr().err
-    assert "could not be renewed (the server is away)" in said and "took over" in said
+        with pytest.raises(RunFailed, match="another launch of this run took over"):
+            own.check()
+    assert "could not be renewed (the server is away)" in capfd.readouterr().err
     assert folder.read("lease.json")["token"] == "theirs", "a lease that is another one's is left alone"

@@ -23,7 +23,7 @@ from pipelines.data.stream import fixed_batches
 from pipelines.pictures import grid_png
 from pipelines.training.checkpoint import commit_snapshot, prune
 from pipelines.training.config import TrainConfig
-from pipelines.training.metrics import device_peak_flops, finite, flop_utilisation, memory_mib
+from pipelines.training.metrics import device_peak_flops, durations, finite, flop_utilisation, memory_mib
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer
 
@@ -173,6 +173,7 @@ class RunHooks:
         if self.audit is not None:
             self.audit.write()
         facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last}
+        facts["start_seconds"] = durations({**facts.pop("marks", {}), **trainer.throughput.marks})
         if last:
             throughput = trainer.throughput
             facts["figures"] = finite(

@@ -66,7 +66,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if not complete:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-                _fit(config, folder, uri, run_id, lease)
+                _fit(config, folder, uri, run_id, lease, started)
             lease.check()
             summary = _publish(config, folder, uri, run_id, index, order)
         except BaseException as error:
@@ -75,7 +75,8 @@ def train(config: TrainConfig) -> dict[str, Any]:
         tracking.finish_run(uri, run_id, "FINISHED")
         folder.write("result.json", summary)
     resumed_from = newest.step if newest is not None else 0
-    return {**summary, "outcome": "trained", "resumed_from": resumed_from, "seconds": time.time() - started}
+    ended = {"outcome": "trained", "resumed_from": resumed_from, "started": started, "seconds": time.time() - started}
+    return {**summary, **ended}
 
 
 def _is_of(result: dict[str, Any], newest: Checkpoint, config: TrainConfig) -> bool:
@@ -167,8 +168,10 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: Data
     return run_id
 
 
-def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease) -> None:
+def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease, started: float) -> None:
+    marks = {"launch": started, "checks": time.time()}
     cluster.connect(config)
+    marks["ray"] = time.time()
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
@@ -194,6 +197,7 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: L
             "tracking_uri": uri,
             "mlflow_run_id": run_id,
             "board": board,
+            "marks": marks,
         },
         torch_config=TorchConfig(backend="nccl" if config.workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -264,6 +268,7 @@ def _publish(
         "tracking_uri": uri,
         "model_uri": None,
         "figures": figures,
+        "start_seconds": newest.manifest.get("start_seconds", {}),
     }
     if config.tracking.register_as is not None:
         from infra.registry import register_export, resolve_model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,16 @@ class MeanLog:
         return {name: total / count for name, (total, count) in zip(names, sums.tolist(), strict=True) if count > 0}
 
 
+def durations(marks: dict[str, float]) -> dict[str, float]:
+    """Seconds that led to each mark but the first, by its name, from times since the epoch in their order.
+
+    >>> durations({"begin": 10.0, "ray": 12.5, "workers": 13.0})
+    {'ray': 2.5, 'workers': 0.5}
+    """
+    names = list(marks)
+    return {name: round(marks[name] - marks[before], 3) for before, name in pairwise(names)}
+
+
 class Throughput:
     """Wall time from the first batch on, and how much of it was spent waiting for data."""
 
@@ -49,14 +60,17 @@ class Throughput:
         self.started: float | None = None
         self.waited = 0.0
         self.samples = 0
+        self.marks: dict[str, float] = {}  # times since the epoch: of the first batch, and of the end of the first step
         self._window = (time.perf_counter(), 0, 0.0)
 
     def first_batch(self) -> None:
         """The clock starts when the first batch is there: what came before is start-up."""
         self.started = time.perf_counter()
+        self.marks["first batch"] = time.time()
         self._window = (self.started, 0, 0.0)
 
     def step(self, samples: int, waited: float) -> None:
+        self.marks.setdefault("first step", time.time())
         self.samples += samples
         self.waited += waited
 

@@ -87,6 +87,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: int, position: _Position) -> None:
+    entered = time.time()
     config = TrainConfig.model_validate_json(job["config"])
     folder = RunFolder(job["folder"])
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -116,7 +117,11 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         raise ValueError(f"the shards changed since {checkpoint.url} was written")
     start = trainer.restore(checkpoint) if checkpoint is not None else 0
 
-    facts = {"mlflow_run_id": job["mlflow_run_id"], "index_digest": train_index.digest}
+    facts = {
+        "mlflow_run_id": job["mlflow_run_id"],
+        "index_digest": train_index.digest,
+        "marks": {**job["marks"], "workers": entered, "building": time.time()},
+    }
     with ExitStack() as closing:
         logger = None
         if rank == 0:

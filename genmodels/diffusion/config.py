@@ -77,6 +77,49 @@ class DiTConfig(Section):
         return self
 
 
+class LowResolutionCondition(Section):
+    """Super-resolution: told the image, made smaller."""
+
+    kind: Literal["low_resolution"] = "low_resolution"
+    factor: int = Field(4, gt=1, description="by how much; divides image_size")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+class BlurCondition(Section):
+    """Deblurring."""
+
+    kind: Literal["blur"] = "blur"
+    sigma: float = Field(2.0, gt=0, description="deviation of the Gaussian blur in pixels")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+class NoiseCondition(Section):
+    """Denoising of noisy images."""
+
+    kind: Literal["noise"] = "noise"
+    deviation: float = Field(0.5, gt=0, description="of the Gaussian noise, for images in [-1, 1]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+class EdgeCondition(Section):
+    """Drawing from edges."""
+
+    kind: Literal["edges"] = "edges"
+    threshold: float = Field(0.5, gt=0, description="change of a colour between neighbours, of 2, that is an edge")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+class MaskCondition(Section):
+    """Inpainting: told everything outside a rectangle."""
+
+    kind: Literal["mask"] = "mask"
+    largest: float = Field(0.7, gt=0, le=1, description="largest side of a training rectangle, over the image's")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+ImageConditionConfig = LowResolutionCondition | BlurCondition | NoiseCondition | EdgeCondition | MaskCondition
+
+
 class LatentDiffusionConfig(Section):
     """Diffusion in the latents of an autoencoder or in pixels, with or without text (Rombach et al. 2022)."""
 
@@ -95,6 +138,9 @@ class LatentDiffusionConfig(Section):
     )
     classes: list[str] | None = Field(
         None, description="in place of text: the captions are names of classes, and these are all of them"
+    )
+    image_condition: Annotated[ImageConditionConfig, Field(discriminator="kind")] | None = Field(
+        None, description="an image that is told too: kind low_resolution, blur, noise, edges or mask"
     )
     prediction_type: PredictionType = Field(
         "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, or flow (flow matching)"
@@ -133,6 +179,9 @@ class LatentDiffusionConfig(Section):
 
     @model_validator(mode="after")
     def _predicts_something(self) -> LatentDiffusionConfig:
+        told = self.image_condition
+        if isinstance(told, LowResolutionCondition) and self.image_size % told.factor:
+            raise ValueError(f"image_condition.factor {told.factor} does not divide image_size {self.image_size}")
         unet = self.denoiser
         if isinstance(unet, UNetConfig) and self.takes_text and (unet.scale_shift or unet.resnet_resampling):
             raise ValueError("scale_shift and resnet_resampling are of U-Nets without text")
@@ -163,6 +212,8 @@ class LatentDiffusionConfig(Section):
 
 def export_layout(config: LatentDiffusionConfig) -> str:
     """Who opens the export: "Stable Diffusion", "DiTPipeline" or "DDPMPipeline" (all diffusers'), or "own"."""
+    if config.image_condition is not None:
+        return "own"
     if config.denoiser.kind == "dit":
         of_classes = config.classes is not None and len(config.classes) <= DIFFUSERS_DIT_CLASSES
         return "DiTPipeline" if of_classes and config.autoencoder is not None else "own"

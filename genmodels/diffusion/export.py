@@ -72,4 +72,6 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
         index["classes"] = objective.config.classes
     name = OWN_INDEX if layout == "own" else "model_index.json"
     index["_diffusers_version"] = diffusers.__version__
+    if objective.config.image_condition is not None:
+        index["image_condition"] = objective.config.image_condition.model_dump()
     (folder / name).write_text(json.dumps(index, indent=2) + "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 OWN_INDEX = "genmodels.json"
 
@@ -18,6 +19,12 @@ def class_names(folder: Path) -> list[str] | None:
             if found:
                 return list(found)
     return None
+
+
+def image_condition(folder: Path) -> dict[str, Any] | None:
+    """The configuration of the image that the model is told; None where it is told none."""
+    index = folder / OWN_INDEX
+    return json.loads(index.read_text()).get("image_condition") if index.is_file() else None
 
 
 def takes_prompts(folder: Path) -> bool:

@@ -42,7 +42,8 @@ class ConditionalDenoiser(nn.Module):
             latents: (batch, channels, height, width).
             timesteps: (batch,).
             condition: "text": token ids int64 (batch, length) where the text encoder is trained along, the frozen
-                encoder's features (batch, length, width) where not; "classes": labels int64 (batch,).
+                encoder's features (batch, length, width) where not; "classes": labels int64 (batch,); "image": what
+                comes with the latents, (batch, extra_channels, height, width).
 
         Returns:
             The prediction, float32, shaped like the latents.
@@ -60,6 +61,8 @@ class ConditionalDenoiser(nn.Module):
             told["encoder_hidden_states"] = condition["text"].to(dtype)
         if "classes" in condition:
             told["class_labels"] = condition["classes"]
+        if "image" in condition:
+            latents = torch.cat([latents, condition["image"].to(latents.dtype)], dim=1)
         return self.backbone(latents.to(dtype), timesteps, **told).sample.float()
 
     def enable_gradient_checkpointing(self) -> None:
@@ -71,7 +74,12 @@ class ConditionalDenoiser(nn.Module):
 
 
 def build_backbone(
-    config: UNetConfig | DiTConfig, channels: int, sample_size: int, text_width: int | None, num_classes: int | None
+    config: UNetConfig | DiTConfig,
+    channels: int,
+    sample_size: int,
+    text_width: int | None = None,
+    num_classes: int | None = None,
+    extra_channels: int = 0,
 ) -> Any:
     """The network for latents (batch, channels, sample_size, sample_size).
 
@@ -80,6 +88,7 @@ def build_backbone(
         channels, sample_size: of the latents.
         text_width: features per token of text; None takes no text.
         num_classes: classes, of which label `num_classes` is none; None takes no labels.
+        extra_channels: of what comes with the latents: an image that is told.
 
     Raises:
         ValueError: a DiT's patches do not divide the latents.
@@ -89,7 +98,7 @@ def build_backbone(
             raise ValueError(f"denoiser.patch_size {config.patch_size} does not divide the latents' side {sample_size}")
         return DiT(
             sample_size,
-            channels,
+            channels + extra_channels,
             channels,
             config.patch_size,
             config.width,
@@ -99,18 +108,23 @@ def build_backbone(
             config.text_attention,
             num_classes,
         )
-    return _build_unet(config, channels, sample_size, text_width, num_classes)
+    return _build_unet(config, channels, sample_size, text_width, num_classes, extra_channels)
 
 
 _PLAIN = ("DownBlock2D", "UpBlock2D")
 
 
 def _build_unet(
-    config: UNetConfig, channels: int, sample_size: int, text_width: int | None, num_classes: int | None
+    config: UNetConfig,
+    channels: int,
+    sample_size: int,
+    text_width: int | None,
+    num_classes: int | None,
+    extra_channels: int,
 ) -> Any:
     common: dict[str, Any] = {
         "sample_size": sample_size,
-        "in_channels": channels,
+        "in_channels": channels + extra_channels,
         "out_channels": channels,
         "block_out_channels": tuple(config.channels),
         "layers_per_block": config.layers_per_block,
@@ -154,14 +168,19 @@ def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[in
             self.denoiser = build()
 
         def forward(self, timesteps: Tensor) -> Tensor:
-            device, told = timesteps.device, {}
-            if self.denoiser.text_encoder is not None:
-                length = self.denoiser.text_encoder.config.max_position_embeddings
+            denoiser, device = self.denoiser, timesteps.device
+            channels, *sides = denoiser.sample_shape
+            told: dict[str, Tensor] = {}
+            if denoiser.text_encoder is not None:
+                length = denoiser.text_encoder.config.max_position_embeddings
                 told["text"] = torch.zeros(1, length, dtype=torch.int64, device=device)
             elif text_shape is not None:
                 told["text"] = torch.zeros(1, *text_shape, device=device)
             if classes:
                 told["classes"] = timesteps
-            return self.denoiser(torch.zeros(1, *self.denoiser.sample_shape, device=device), timesteps, told)
+            config: Any = denoiser.backbone.config
+            if config.in_channels > channels:
+                told["image"] = torch.zeros(1, config.in_channels - channels, *sides, device=device)
+            return denoiser(torch.zeros(1, channels, *sides, device=device), timesteps, told)
 
     return forward_flops(Example, ((1,), torch.int64))

@@ -18,6 +18,7 @@ from genmodels import random
 from genmodels.autoencoder.codec import LatentCodec
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.dit import DiT, load_dit
+from genmodels.diffusion.image_condition import condition_channels, fold, from_image
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
@@ -132,23 +133,39 @@ class LatentDiffusion(Objective):
         return self.autoencoder.encode(batch["images"], batch["seeds"])
 
     def condition(self, batch: Batch, dropout: bool) -> Condition:
-        """What the denoiser is told; with `dropout`, by their seeds, some samples are told nothing."""
-        dropped = random.uniform(batch["seeds"], (), "dropout") < (self.config.condition_dropout if dropout else 0.0)
+        """What the denoiser is told; with `dropout`, by their seeds, some samples are not told of one or the other."""
+        seeds, told = batch["seeds"], {}
+        dropped = random.uniform(seeds, (), "dropout") < (self.config.condition_dropout if dropout else 0.0)
         if self.config.classes is not None:
-            labels = self.labels(batch)
-            return {"classes": torch.where(dropped, len(self.config.classes), labels)}
-        if not self.config.takes_text:
-            return {}
-        token_ids = batch["token_ids"]
-        return {"text": self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids))}
+            told["classes"] = torch.where(dropped, len(self.config.classes), self.labels(batch))
+        elif self.config.takes_text:
+            token_ids = batch["token_ids"]
+            told["text"] = self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids))
+        if self.config.image_condition is not None:
+            image = fold(from_image(self.config.image_condition, batch["images"], seeds), self.factor)
+            if dropout and self.config.image_condition.dropout > 0:
+                kept = random.uniform(seeds, (), "image dropout") >= self.config.image_condition.dropout
+                image = image * kept[:, None, None, None]
+            told["image"] = image
+        return told
 
     def nothing(self, batch: Batch) -> Condition:
-        """The condition of samples that are told nothing."""
+        """The condition of samples that are not told what samples are trained without."""
+        told: dict[str, Tensor] = {}
         if self.config.classes is not None:
-            return {"classes": torch.full_like(batch["seeds"], len(self.config.classes))}
-        if not self.config.takes_text:
-            return {}
-        return {"text": self.encode_text(self._empty(batch["token_ids"]).expand_as(batch["token_ids"]))}
+            told["classes"] = torch.full_like(batch["seeds"], len(self.config.classes))
+        elif self.config.takes_text:
+            told["text"] = self.encode_text(self._empty(batch["token_ids"]).expand_as(batch["token_ids"]))
+        if self.config.image_condition is not None and self.config.image_condition.dropout > 0:
+            _, *sides = self.denoiser.sample_shape
+            channels = condition_channels(self.config.image_condition, self.factor)
+            told["image"] = torch.zeros(len(batch["seeds"]), channels, *sides, device=batch["seeds"].device)
+        return told
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side that one latent stands for."""
+        return 1 if self.autoencoder is None else self.autoencoder.factor
 
     def labels(self, batch: Batch) -> Tensor:
         """Labels int64 (batch,) of captions that name classes; none for quarantined samples, which have no caption.
@@ -290,7 +307,7 @@ def build_denoiser(
     Raises:
         ValueError: `image_size` is not a multiple of the autoencoder's reduction, or the latents not of the patches.
     """
-    channels, size = 3, config.image_size
+    channels, size, factor = 3, config.image_size, 1
     if config.autoencoder is not None:
         factor = config.latent_factor if autoencoder is None else autoencoder.factor
         channels = config.latent_channels if autoencoder is None else autoencoder.channels
@@ -304,7 +321,8 @@ def build_denoiser(
     elif isinstance(config.text_encoder, PretrainedTextEncoder):
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     classes = None if config.classes is None else len(config.classes)
-    return ConditionalDenoiser(build_backbone(config.denoiser, channels, size, width, classes), text_encoder)
+    extra = 0 if config.image_condition is None else condition_channels(config.image_condition, factor)
+    return ConditionalDenoiser(build_backbone(config.denoiser, channels, size, width, classes, extra), text_encoder)
 
 
 def _required(inputs: Path | None, name: str) -> Path:

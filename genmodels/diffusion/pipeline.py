@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from pydantic import TypeAdapter
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels.autoencoder.codec import LatentCodec
+from genmodels.diffusion.config import ImageConditionConfig, LowResolutionCondition
 from genmodels.diffusion.dit import open_dit
-from genmodels.diffusion.layout import class_names
+from genmodels.diffusion.image_condition import fold, from_given
+from genmodels.diffusion.layout import class_names, image_condition
 from genmodels.diffusion.network import ConditionalDenoiser
 from genmodels.diffusion.sampler import NOTHING, Condition, Guidance, SamplerName, make_sampler, sample
 from genmodels.precision import autocast, resolve_precision
@@ -42,6 +45,7 @@ class TextToImage:
         tokenizer: CLIPTokenizer | None = None,
         precision: str = "fp32",
         classes: list[str] | None = None,
+        image_condition: ImageConditionConfig | None = None,
     ) -> None:
         """Args: a model with a tokenizer draws from text, and `denoiser` holds its encoder; one with `classes` from
         their names."""
@@ -51,6 +55,7 @@ class TextToImage:
         self.autoencoder = autoencoder
         self.tokenizer = tokenizer
         self.classes = classes
+        self.image_condition = image_condition
 
     @staticmethod
     def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> TextToImage:
@@ -86,7 +91,8 @@ class TextToImage:
             autoencoder = LatentCodec.from_folder(folder / "vae").to(device)
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         denoiser = ConditionalDenoiser(backbone, text_encoder).to(device).eval()
-        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes)
+        told = TypeAdapter(ImageConditionConfig | None).validate_python(image_condition(folder))
+        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes, told)
 
     @property
     def image_size(self) -> int:
@@ -113,6 +119,8 @@ class TextToImage:
         eta: float = 0.0,
         guidance_rescale: float = 0.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        images: np.ndarray | None = None,
+        masks: np.ndarray | None = None,
     ) -> np.ndarray:
         """Draw one picture per prompt and seed.
 
@@ -127,6 +135,9 @@ class TextToImage:
             progress: called after each step with the pictures drawn so far (fractions count) and their total.
             eta: of ddim, 0 … 1: how much of each step's noise is drawn anew.
             guidance_rescale, guidance_interval: see `Guidance`.
+            images: one per picture for a model that is told one: uint8 (pictures, height, width, 3); see `from_given`.
+            masks: one per picture for inpainting: bool (pictures, height, width), true where it is to be filled in. All
+                else is the given image's, to the bit.
 
         Returns:
             uint8 (pictures, height, width, 3).
@@ -141,17 +152,22 @@ class TextToImage:
             raise ValueError("this model is unconditional: it takes seeds, and no prompts")
         if negative_prompts is not None and len(negative_prompts) != len(seeds):
             raise ValueError(f"needs one negative prompt per seed: {len(negative_prompts)} for {len(seeds)} seeds")
+        self._check_given(images, masks, len(seeds))
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be 1 or more")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         pictures = [np.empty((0, self.image_size, self.image_size, 3), dtype=np.uint8)]
         for start in range(0, len(seeds), batch_size):
             part = slice(start, min(start + batch_size, len(seeds)))
-            condition = NOTHING if prompts is None else self._condition(prompts[part])
-            negative = NOTHING
+            condition, negative = dict(NOTHING), dict(NOTHING)
             if prompts is not None:
                 plain = [""] * len(seeds[part])
-                negative = self._condition(plain if negative_prompts is None else negative_prompts[part])
+                condition |= self._condition(prompts[part])
+                negative |= self._condition(plain if negative_prompts is None else negative_prompts[part])
+            if self.image_condition is not None and images is not None:
+                condition["image"] = self._image(images[part], None if masks is None else masks[part])
+                if self.image_condition.dropout > 0:
+                    negative["image"] = torch.zeros_like(condition["image"])
 
             def on_step(done: float, part: slice = part) -> None:
                 if progress is not None:
@@ -159,7 +175,32 @@ class TextToImage:
 
             stepper = make_sampler(sampler, self.sampler_settings, eta)
             pictures.append(self._draw(seeds[part], stepper, num_steps, condition, negative, guidance, on_step))
-        return np.concatenate(pictures)
+        drawn = np.concatenate(pictures)
+        return drawn if masks is None or images is None else np.where(masks[..., None], drawn, images)
+
+    def _check_given(self, images: np.ndarray | None, masks: np.ndarray | None, count: int) -> None:
+        """Raises ValueError where what is given is not what the model is told."""
+        if (images is not None) != (self.image_condition is not None):
+            kind = "no images" if self.image_condition is None else f"images ({self.image_condition.kind})"
+            raise ValueError(f"this model takes {kind} to draw from")
+        if self.image_condition is None or images is None:
+            return
+        reduced = self.image_condition.factor if isinstance(self.image_condition, LowResolutionCondition) else 1
+        size = self.image_size // reduced
+        if images.shape[:3] != (count, size, size):
+            raise ValueError(f"needs {count} images of {size} by {size} pixels, got {images.shape}")
+        if (masks is not None) != (self.image_condition.kind == "mask"):
+            raise ValueError(f"a model of kind {self.image_condition.kind} takes {'a' if masks is None else 'no'} mask")
+        if masks is not None and masks.shape != (count, size, size):
+            raise ValueError(f"needs {count} masks of {size} by {size} pixels, got {masks.shape}")
+
+    def _image(self, images: np.ndarray, masks: np.ndarray | None) -> Tensor:
+        """What the denoiser is told of given images, folded to the latents' grid."""
+        assert self.image_condition is not None
+        pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        holes = None if masks is None else torch.from_numpy(masks).to(self._device)[:, None].float()
+        factor = 1 if self.autoencoder is None else self.autoencoder.factor
+        return fold(from_given(self.image_condition, pixels, holes), factor)
 
     def _draw(
         self,

@@ -163,7 +163,9 @@ def guided(
 
     With a scale of 1, outside the interval, or without a negative condition, it is the conditional model in one pass.
     """
-    both = {kind: torch.cat([negative[kind], condition[kind]]) for kind in negative}
+    # What is not steered away from is told both times.
+    kinds = condition.keys() if negative else ()
+    both = {kind: torch.cat([negative.get(kind, condition[kind]), condition[kind]]) for kind in kinds}
     low, high = (bound * train_timesteps for bound in guidance.interval)
 
     def denoise_guided(latents: Tensor, timesteps: Tensor, _: Condition) -> Tensor:

@@ -33,6 +33,8 @@ def main() -> None:
         "the highest version (default: %(default)s)",
     )
     add("--tracking-uri", help="MLflow server for models:/… (default: MLFLOW_TRACKING_URI, else the local one)")
+    add("--image", metavar="FILE", help="what a model that is told an image is told, for all pictures")
+    add("--mask", metavar="FILE", help="white where an inpainting model fills in; all else stays as in --image")
     add_drawing_arguments(parser)
     add("--device", help="cpu, cuda, … (default: a GPU where there is one)")
     add("--out", metavar="FOLDER", default="out/generated", help="where the files go (default: %(default)s)")

@@ -56,13 +56,15 @@ def generate(arguments: argparse.Namespace) -> None:
         drawn_seeds = seeds or [arguments.seed + i for i in range(count)]
     if any(seed not in _SEEDS for seed in drawn_seeds):
         raise BadRequest("a seed is a whole number of at most 63 bits")
+    settings |= _given(model, arguments.image, arguments.mask, len(drawn_seeds))
     started = time.perf_counter()
     images = _draw(model, prompts, drawn_seeds, arguments.negative, settings)
     seconds = time.perf_counter() - started
 
     origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
     out = Path(arguments.out).expanduser().absolute()
-    settings["precision"] = model.precision
+    told = {"image": arguments.image, "mask": arguments.mask, "precision": model.precision}
+    settings = {**{name: value for name, value in settings.items() if name not in ("images", "masks")}, **told}
     summary = {**origin, **settings, "negative_prompt": arguments.negative, "seconds": round(seconds, 2)}
     summary |= _write(out, images, prompts, drawn_seeds)
     write_summary(str(out / "generate.json"), summary)
@@ -129,6 +131,34 @@ def _open(folder: Path, device: str | None, precision: str) -> TextToImage:
         return TextToImage.from_folder(folder, device, precision)
     except (ValueError, OSError) as error:
         raise BadRequest(f"{folder}: {error}") from error
+
+
+def _given(model: TextToImage, image: str | None, mask: str | None, count: int) -> dict[str, Any]:
+    """`images` and `masks` for `count` pictures, of the size that the model takes; empty for one that takes none.
+
+    Raises:
+        BadRequest: a file is missing, cannot be read, or is not what the model takes.
+    """
+    import numpy as np
+    from PIL import Image
+
+    for name, path, needed in (("image", image, model.given_size), ("mask", mask, model.takes_mask)):
+        if bool(path) != bool(needed):
+            raise BadRequest(f"this model takes {'an' if name == 'image' else 'a'} --{name} FILE" if needed else
+                             f"--{name}: this model takes none")  # fmt: skip
+    given: dict[str, Any] = {}
+    for name, path, mode in (("images", image, "RGB"), ("masks", mask, "L")):
+        if path is None:
+            continue
+        size = (model.given_size, model.given_size)
+        try:
+            with Image.open(Path(path).expanduser()) as opened:
+                resized = opened.convert(mode).resize(size, Image.Resampling.BICUBIC if mode == "RGB" else 0)
+        except OSError as error:
+            raise BadRequest(f"--{name[:-1]} {path}: cannot be read as an image ({error})") from error
+        pixels = np.asarray(resized)
+        given[name] = np.repeat((pixels if mode == "RGB" else pixels > 127)[None], count, axis=0)
+    return given
 
 
 def _draw(

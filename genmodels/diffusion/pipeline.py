@@ -101,6 +101,19 @@ class TextToImage:
         return self.denoiser.sample_shape[-1] * factor
 
     @property
+    def given_size(self) -> int:
+        """Height and width of the image that it is told; 0 where it is told none."""
+        if self.image_condition is None:
+            return 0
+        reduced = self.image_condition.factor if isinstance(self.image_condition, LowResolutionCondition) else 1
+        return self.image_size // reduced
+
+    @property
+    def takes_mask(self) -> bool:
+        """Whether it fills in what a mask says."""
+        return self.image_condition is not None and self.image_condition.kind == "mask"
+
+    @property
     def conditional(self) -> bool:
         """Whether it draws from prompts: texts, or names of classes."""
         return self.tokenizer is not None or self.classes is not None
@@ -185,11 +198,10 @@ class TextToImage:
             raise ValueError(f"this model takes {kind} to draw from")
         if self.image_condition is None or images is None:
             return
-        reduced = self.image_condition.factor if isinstance(self.image_condition, LowResolutionCondition) else 1
-        size = self.image_size // reduced
+        size = self.given_size
         if images.shape[:3] != (count, size, size):
             raise ValueError(f"needs {count} images of {size} by {size} pixels, got {images.shape}")
-        if (masks is not None) != (self.image_condition.kind == "mask"):
+        if (masks is not None) != self.takes_mask:
             raise ValueError(f"a model of kind {self.image_condition.kind} takes {'a' if masks is None else 'no'} mask")
         if masks is not None and masks.shape != (count, size, size):
             raise ValueError(f"needs {count} masks of {size} by {size} pixels, got {masks.shape}")

@@ -18,13 +18,15 @@ UNET = {"kind": "unet", "channels": [8], "layers_per_block": 1, "head_dim": 8, "
 TEXT = {"kind": "trained", "width": 8, "layers": 1, "heads": 1, "vocab_size": 520, "length": 12}
 
 
-def _export(folder: Path, text_encoder: dict) -> Path:
+def _export(folder: Path, text_encoder: dict, **changes: object) -> Path:
     from genmodels.diffusion.config import LatentDiffusionConfig
     from genmodels.diffusion.objective import LatentDiffusion
     from genmodels.text.tokenizer import save, train_tokenizer
 
     unet = {**UNET, "attention": [text_encoder["kind"] != "none"]}
-    config = LatentDiffusionConfig.model_validate({"image_size": 8, "denoiser": unet, "text_encoder": text_encoder})
+    config = LatentDiffusionConfig.model_validate(
+        {"image_size": 8, "denoiser": unet, "text_encoder": text_encoder, **changes}
+    )
     save(train_tokenizer(["a red seven", "a blue one"], 520, 12), folder / "inputs" / "tokenizer")
     LatentDiffusion.from_config(config, folder / "inputs").export(folder / "export")
     return folder / "export"
@@ -38,6 +40,11 @@ def export(tmp_path_factory):
 @pytest.fixture(scope="module")
 def unconditional(tmp_path_factory):
     return _export(tmp_path_factory.mktemp("unconditional"), {"kind": "none"})
+
+
+@pytest.fixture(scope="module")
+def inpainting(tmp_path_factory):
+    return _export(tmp_path_factory.mktemp("inpainting"), {"kind": "none"}, image_condition={"kind": "mask"})
 
 
 @pytest.fixture
@@ -61,6 +68,33 @@ def run(monkeypatch, capsys, tmp_path):
 
 def pixels(summary: dict, number: int) -> np.ndarray:
     return np.asarray(Image.open(Path(summary["out"]) / summary["pictures"][number]["file"]))
+
+
+def test_a_hole_is_filled_in_and_all_else_stays(run, inpainting, tmp_path):
+    given = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    hole = np.zeros((8, 8), dtype=np.uint8)
+    hole[2:5, 3:7] = 255
+    Image.fromarray(given).save(tmp_path / "given.png")
+    Image.fromarray(hole).save(tmp_path / "hole.png")
+    files = ["--image", tmp_path / "given.png", "--mask", tmp_path / "hole.png"]
+    code, _, summary = run("--model", inpainting, "--seeds", "1,2", *files)
+    assert code == 0 and summary["mask"] == str(tmp_path / "hole.png")
+    one, two = pixels(summary, 0), pixels(summary, 1)
+    assert (one[hole == 0] == given[hole == 0]).all() and (two[hole == 0] == given[hole == 0]).all()
+    assert (one[hole > 0] != two[hole > 0]).any()
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "said"),
+    [
+        ("inpainting", [], "takes an --image FILE"),
+        ("inpainting", ["--image", "nowhere.png", "--mask", "nowhere.png"], "--image nowhere.png: cannot be read"),
+        ("unconditional", ["--image", "nowhere.png"], "--image: this model takes none"),
+    ],
+)
+def test_images_are_asked_for(run, request, model, arguments, said):
+    code, error, _ = run("--model", request.getfixturevalue(model), *arguments)
+    assert code == 2 and said in error
 
 
 def test_prompts_seeds_and_files(run, export, tmp_path):

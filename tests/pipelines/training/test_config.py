@@ -37,10 +37,9 @@ def refused(*assignments: str, preset: str = "ldm_demo") -> str:
 
 
 # What presets for data of one's own leave to be given.
-GIVEN = {
-    "autoencoder_256": ["data.url=s3://bucket/shards"],
-    "ldm_256": ["data.url=s3://bucket/shards", "objective.text_encoder.path=clip"],
-}
+GIVEN = {name: ["data.url=s3://bucket/shards"] for name in PRESET_NAMES if not name.endswith("_demo")}
+for _name in ("ldm_256", "sd1", "sd2"):
+    GIVEN[_name].append("objective.text_encoder.path=clip")
 
 
 @pytest.mark.parametrize("preset", PRESET_NAMES)

@@ -15,6 +15,7 @@ from pipelines.data.batch import RankBatch
 from pipelines.training.config import PRESETS, TrainConfig, load_config, read_preset
 from pipelines.training.trainer import Trainer
 from tests.genmodels.tiny import CAPTIONS
+from tests.pipelines.training.test_config import GIVEN
 
 DEMO_PRESETS = sorted(path.stem for path in PRESETS.glob("*_demo.yaml"))
 BATCH = 4
@@ -92,12 +93,8 @@ def test_there_are_demo_presets():
 
 def given(preset: str) -> TrainConfig:
     """A preset with what it leaves to be given."""
-    overrides = ["data.url=s3://bucket/shards"]
-    if preset in ("ldm_256", "sd1", "sd2"):
-        overrides.append("objective.text_encoder.path=folder")
-    if preset.startswith("dit"):
-        overrides.append(f"objective.classes={[str(number) for number in range(1000)]}")
-    return load_config(preset, overrides)
+    classes = f"objective.classes={[str(number) for number in range(1000)]}"
+    return load_config(preset, [*GIVEN.get(preset, []), *([classes] if preset.startswith("dit") else [])])
 
 
 def backbone_parameters(config: TrainConfig) -> int:

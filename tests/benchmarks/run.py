@@ -104,7 +104,7 @@ def drawing(bench: Workbench, folder: str, rounds: int, show: Any) -> tuple[Rati
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="figures as JSON [out/bench.json]")
-    parser.add_argument("--rounds", type=int, default=4, help="turns of each comparison [4]")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each comparison [3]")
     arguments = parser.parse_args()
     out, begun, console = arguments.out.absolute(), time.time(), Console(soft_wrap=True)
 

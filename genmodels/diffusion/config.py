@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 from genmodels.config import Section
 from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
 
-ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow"]
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow", "edm"]
 DIFFUSERS_DIT_CLASSES = 1000  # its pipeline takes this label for "no class"
 
 
@@ -143,11 +143,16 @@ class LatentDiffusionConfig(Section):
         None, description="an image that is told too: kind low_resolution, blur, noise, edges or mask"
     )
     prediction_type: PredictionType = Field(
-        "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, or flow (flow matching)"
+        "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, flow (matching) or edm"
     )
     noise_schedule: ScheduleName = Field(
-        "scaled_linear", description="linear, scaled_linear, cosine, or flow with flow"
+        "scaled_linear", description="linear, scaled_linear, cosine; flow or edm with the same"
     )
+    sigma_data: float = Field(
+        1.0, gt=0, description="of edm: deviation of what is diffused, 1 for latents, about 0.5 for images"
+    )
+    edm_mean: float = Field(-1.2, description="of edm: mean of the logarithm of the noise level in training")
+    edm_std: float = Field(1.2, gt=0, description="of edm: its deviation")
     flow_shift: float = Field(
         1.0, gt=0, description="of a flow: moves training and sampling towards the noise; 3 is usual for large images"
     )
@@ -189,10 +194,13 @@ class LatentDiffusionConfig(Section):
             raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
             raise ValueError("classes must be names, each one once")
-        if (self.noise_schedule == "flow") != (self.prediction_type == "flow"):
-            raise ValueError("flow matching is prediction_type flow together with noise_schedule flow")
-        if self.zero_terminal_snr and self.noise_schedule == "flow":
-            raise ValueError("zero_terminal_snr is of diffusion schedules: a flow ends in pure noise without it")
+        for whole in ("flow", "edm"):
+            if (self.noise_schedule == whole) != (self.prediction_type == whole):
+                raise ValueError(f"{whole} is prediction_type {whole} together with noise_schedule {whole}")
+        if self.zero_terminal_snr and self.noise_schedule in ("flow", "edm"):
+            raise ValueError("zero_terminal_snr is of diffusion schedules: a flow ends in pure noise, and edm near it")
+        if self.noise_schedule == "edm" and self.min_snr_gamma is not None:
+            raise ValueError("edm has weights of its own: leave min_snr_gamma out")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction_type v_prediction or sample: pure noise tells no sample"
@@ -219,6 +227,6 @@ def export_layout(config: LatentDiffusionConfig) -> str:
         return "DiTPipeline" if of_classes and config.autoencoder is not None else "own"
     if config.takes_text and config.autoencoder is not None:
         return "Stable Diffusion"
-    if not config.conditional and config.autoencoder is None and config.prediction_type != "flow":
+    if not config.conditional and config.autoencoder is None and config.prediction_type not in ("flow", "edm"):
         return "DDPMPipeline"
     return "own"

@@ -6,7 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    EDMEulerScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -94,6 +99,63 @@ class FlowSampler(FlowMatchEulerDiscreteScheduler):
         time, next_time = self.sigmas[index], self.sigmas[index + 1]
         clean, epsilon = sample - time * model_output, sample + (1 - time) * model_output
         return clean, epsilon, (1 - time, time), (1 - next_time, next_time)
+
+
+class EdmSampler(EDMEulerScheduler):
+    """EDM's noise levels (Karras et al. 2022, eq. 5), by DDIM; with `eta` 0 that is Euler's method."""
+
+    eta = 0.0
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, generator: Any = None, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """One step; returns the next latents alone, x + σ n."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        result = ddim_step(*self.split(model_output, timestep, sample), self.eta, generator)
+        self._step_index += 1
+        return (result,)
+
+    def scale(self, timestep: Tensor) -> Tensor:
+        """c_in: what latents are multiplied by before the network sees them."""
+        return (torch.exp(8 * timestep.double()) + self.config.sigma_data**2).rsqrt()
+
+    def split(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> tuple[Tensor, Tensor, Level, Level]:
+        """x and ε that a prediction implies, and (1, σ) at the timestep and at the next one."""
+        index = int((self.timesteps == timestep).nonzero()[0])
+        sigma, next_sigma = self.sigmas[index], self.sigmas[index + 1]
+        clean = self.precondition_outputs(sample, model_output, sigma)
+        one = torch.ones(())
+        return clean, (sample - clean) / sigma, (one, sigma), (one, next_sigma)
+
+
+class EdmHeunSampler(EDMEulerScheduler):
+    """EDM's second-order steps (Karras et al. 2022, algorithm 1), without churn; the last one is Euler's."""
+
+    def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:  # type: ignore[override]
+        """Each timestep but the first is there twice: the end of one step, and the beginning of the next."""
+        super().set_timesteps(num_inference_steps, device)
+        timesteps: Tensor = self.timesteps  # type: ignore[has-type]
+        sigmas: Tensor = self.sigmas  # type: ignore[has-type]
+        self.timesteps = torch.cat([timesteps[:1], timesteps[1:].repeat_interleave(2)])
+        self.sigmas = torch.cat([sigmas[:1], sigmas[1:-1].repeat_interleave(2), sigmas[-1:]])
+        self._began: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def step(  # type: ignore[override]
+        self, model_output: Tensor, timestep: Tensor, sample: Tensor, return_dict: bool = False
+    ) -> tuple[Tensor]:
+        """Half a step; returns the next latents alone, x + σ n."""
+        if self.step_index is None:
+            self._init_step_index(timestep)
+        sigma, next_sigma = self.sigmas[self.step_index], self.sigmas[self.step_index + 1]
+        slope = (sample - self.precondition_outputs(sample, model_output, sigma)) / sigma
+        self._step_index += 1
+        if self._began is None:
+            if next_sigma > 0:
+                self._began = (sample, slope, sigma)
+            return (sample + (next_sigma - sigma) * slope,)
+        (start, first_slope, first_sigma), self._began = self._began, None
+        return (start + (sigma - first_sigma) * (first_slope + slope) / 2,)
 
 
 class EulerAncestralSampler(EulerAncestralDiscreteScheduler):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
 from genmodels.diffusion.config import export_layout
 from genmodels.diffusion.dit import DiT, to_diffusers
@@ -40,7 +40,9 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
 
     settings = objective.sampler_settings
     sampler: Any
-    if objective.config.prediction_type == "flow":  # of what draws flows, what the Stable Diffusion pipeline can drive
+    if objective.config.prediction_type == "edm":
+        sampler = EDMEulerScheduler.from_config(settings)
+    elif objective.config.prediction_type == "flow":  # what its Stable Diffusion pipeline can drive
         sampler = DPMSolverMultistepScheduler.from_config({**settings, "algorithm_type": "dpmsolver++"})
     else:
         sampler = (DDPMScheduler if layout == "DDPMPipeline" else DDIMScheduler).from_config(settings)

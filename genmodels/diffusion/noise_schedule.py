@@ -55,16 +55,23 @@ class NoiseSchedule:
 
     @staticmethod
     def named(
-        name: ScheduleName, num_steps: int = 1000, zero_terminal_snr: bool = False, flow_shift: float = 1.0
+        name: ScheduleName,
+        num_steps: int = 1000,
+        zero_terminal_snr: bool = False,
+        flow_shift: float = 1.0,
+        **edm: float,
     ) -> NoiseSchedule:
         """A schedule of `num_steps` steps by its name.
 
         Args:
-            name: "linear", "scaled_linear", "cosine" or "flow".
+            name: "linear", "scaled_linear", "cosine", "flow" or "edm".
             num_steps: T.
             zero_terminal_snr: end in pure noise, as a flow always does.
             flow_shift: see `FlowSchedule`.
+            edm: `sigma_data`, `mean` and `std` of `EdmSchedule`.
         """
+        if name == "edm":
+            return EdmSchedule(num_steps, **edm)
         if name == "flow":
             return FlowSchedule(num_steps, flow_shift)
         alpha_bar = torch.cumprod(1 - betas(name, num_steps), dim=0)
@@ -73,6 +80,10 @@ class NoiseSchedule:
     def timesteps(self, position: Tensor) -> Tensor:
         """The timesteps at `position`, float64 (batch,) in [0, 1): 0 is clean, 1 is noise."""
         raise TypeError
+
+    def position(self, timesteps: Tensor) -> Tensor:
+        """Where timesteps are in the schedule, float64 (batch,) from 0, clean, to 1, noise."""
+        return timesteps.double() / self.num_steps
 
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and b_t, float64 (batch,)."""
@@ -170,3 +181,41 @@ class FlowSchedule(NoiseSchedule):
     def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         time = timesteps.double() / self.num_steps
         return 1 - time, time
+
+
+@dataclass(frozen=True)
+class EdmSchedule(NoiseSchedule):
+    """x + σ n for noise levels of which ln σ is normal, scaled to unit deviation as the network sees it.
+
+    Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models" (NeurIPS 2022), table 1: with
+    c_in = 1/√(σ² + σ_data²), a = c_in and b = σ c_in; the network's timestep is c_noise = ln(σ)/4, and its target,
+    whose errors weigh the same at every level, (x − c_skip (x + σ n))/c_out. With σ_data = 1 that is −v.
+    """
+
+    num_steps: int = 1000
+    sigma_data: float = 1.0
+    mean: float = -1.2
+    std: float = 1.2
+
+    def timesteps(self, position: Tensor) -> Tensor:
+        return (self.mean + self.std * torch.special.ndtri(position.clamp(1e-6, 1 - 1e-6))) / 4
+
+    def position(self, timesteps: Tensor) -> Tensor:
+        return torch.special.ndtr((4 * timesteps.double() - self.mean) / self.std)
+
+    def coefficients(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        sigma = torch.exp(4 * timesteps.double())
+        scale = (sigma**2 + self.sigma_data**2).rsqrt()
+        return scale, sigma * scale
+
+    def target(self, prediction_type: PredictionType, x: Tensor, epsilon: Tensor, timesteps: Tensor) -> Tensor:
+        signal, noise = self.signal_and_noise(timesteps, x)
+        return noise * x / self.sigma_data - self.sigma_data * signal * epsilon
+
+    def to_sample(self, prediction_type: PredictionType, prediction: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        signal, noise = self.signal_and_noise(timesteps, x_t)
+        return self.sigma_data**2 * signal * x_t + self.sigma_data * noise * prediction
+
+    def to_epsilon(self, prediction_type: PredictionType, prediction: Tensor, x_t: Tensor, timesteps: Tensor) -> Tensor:
+        signal, noise = self.signal_and_noise(timesteps, x_t)
+        return (x_t - signal * self.to_sample(prediction_type, prediction, x_t, timesteps)) / noise

@@ -61,7 +61,13 @@ class LatentDiffusion(Objective):
         }
         self.phases = [Phase("denoiser", self.loss)]
         self.noise_schedule = NoiseSchedule.named(
-            config.noise_schedule, config.train_timesteps, config.zero_terminal_snr, config.flow_shift
+            config.noise_schedule,
+            config.train_timesteps,
+            config.zero_terminal_snr,
+            config.flow_shift,
+            sigma_data=config.sigma_data,
+            mean=config.edm_mean,
+            std=config.edm_std,
         )
         self.empty_ids = None if tokenizer is None else encode(tokenizer, [""])  # (1, length)
 
@@ -263,6 +269,7 @@ class LatentDiffusion(Objective):
             clip=self.config.autoencoder is None,
             zero_terminal_snr=self.config.zero_terminal_snr,
             flow_shift=self.config.flow_shift,
+            sigma_data=self.config.sigma_data,
         )
 
     def _positions(self, seeds: Tensor) -> Tensor:
@@ -287,7 +294,7 @@ class LatentDiffusion(Objective):
         return (self.denoiser(noisy, timesteps, condition) - target).square().flatten(1).mean(1)
 
     def _by_timestep(self, per_sample: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, Mean]:
-        bins = (timesteps * TIMESTEP_BINS / self.config.train_timesteps).long()
+        bins = (self.noise_schedule.position(timesteps) * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
         return {f"loss_t{k}": Mean.of(per_sample, batch["weight"] * (bins == k)) for k in range(TIMESTEP_BINS)}
 
     def _empty(self, like: Tensor) -> Tensor:

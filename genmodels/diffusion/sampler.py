@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -10,6 +11,7 @@ import torch
 from diffusers import (
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
@@ -17,7 +19,15 @@ from diffusers import (
 from torch import Tensor
 
 from genmodels.diffusion.config import PredictionType, ScheduleName
-from genmodels.diffusion.ddim import DDIMSampler, EulerAncestralSampler, FlowSampler, ddim_step, seeded
+from genmodels.diffusion.ddim import (
+    DDIMSampler,
+    EdmHeunSampler,
+    EdmSampler,
+    EulerAncestralSampler,
+    FlowSampler,
+    ddim_step,
+    seeded,
+)
 from genmodels.diffusion.noise_schedule import SCHEDULES
 from genmodels.random import derive_seeds, normal
 
@@ -31,7 +41,7 @@ SAMPLERS: dict[str, type] = {
     "heun": HeunDiscreteScheduler,
     "euler_ancestral": EulerAncestralSampler,
 }
-# Along a straight flow, DDIM is Euler's method, and both ancestral samplers are DDIM with eta 1.
+# Along a straight flow, and for edm, DDIM is Euler's method, and both ancestral samplers are DDIM with eta 1.
 FLOW_SAMPLERS: dict[str, type] = {
     "ddpm": FlowSampler,
     "ddim": FlowSampler,
@@ -40,7 +50,15 @@ FLOW_SAMPLERS: dict[str, type] = {
     "heun": FlowMatchHeunDiscreteScheduler,
     "euler_ancestral": FlowSampler,
 }
-_DRAW_NOISE = (DDPMScheduler, DDIMSampler, EulerAncestralSampler, FlowSampler)
+EDM_SAMPLERS: dict[str, type] = {
+    "ddpm": EdmSampler,
+    "ddim": EdmSampler,
+    "dpm_solver++": EDMDPMSolverMultistepScheduler,
+    "euler": EdmSampler,
+    "heun": EdmHeunSampler,
+    "euler_ancestral": EdmSampler,
+}
+_DRAW_NOISE = (DDPMScheduler, DDIMSampler, EulerAncestralSampler, FlowSampler, EdmSampler)
 
 Condition = Mapping[str, Tensor]
 """What the model is told of each sample, by kind: (batch, …) each; empty where it is told nothing."""
@@ -56,6 +74,7 @@ def sampler_settings(
     clip: bool = False,
     zero_terminal_snr: bool = False,
     flow_shift: float = 1.0,
+    sigma_data: float = 1.0,
 ) -> dict[str, Any]:
     """The settings that training fixes, as diffusers names them; a model's export and our own sampling share them.
 
@@ -63,6 +82,8 @@ def sampler_settings(
     Sample Steps Are Flawed", WACV 2024), save where ε is predicted on the cosine schedule: there x = (x_t − …ε)/√ᾱ_T
     divides by 5e-5, and the first steps would be noise.
     """
+    if noise_schedule == "edm":
+        return {"num_train_timesteps": train_timesteps, "sigma_data": sigma_data, "prediction_type": "epsilon"}
     if noise_schedule == "flow":
         return {
             "num_train_timesteps": train_timesteps,
@@ -102,19 +123,20 @@ def make_sampler(name: SamplerName, settings: dict[str, Any], eta: float = 0.0) 
         raise ValueError(f"sampler {name!r} is not one of {', '.join(SAMPLERS)}")
     if not 0 <= eta <= 1 or (eta and name != "ddim"):
         raise ValueError(f"eta is {eta} with sampler {name}: only ddim takes one, from 0 to 1")
-    flow = settings.get("prediction_type") == "flow_prediction"
+    flow, edm = settings.get("prediction_type") == "flow_prediction", "sigma_data" in settings
     known = {key: value for key, value in settings.items() if not key.startswith("_")}
-    if name == "dpm_solver++":
+    if name == "dpm_solver++" and not edm:
         known |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
     elif flow:
         known = {"num_train_timesteps": known["num_train_timesteps"], "shift": known.get("flow_shift", 1.0)}
     elif name == "heun" and known.get("rescale_betas_zero_snr"):
         raise ValueError("heun cannot start from pure noise (zero_terminal_snr): use ddim, euler or dpm_solver++")
-    predicts_sample = name == "euler_ancestral" and known.get("prediction_type") == "sample"
+    predicts_sample = not edm and name == "euler_ancestral" and known.get("prediction_type") == "sample"
     if predicts_sample:
         known["prediction_type"] = "epsilon"
-    sampler: Any = (FLOW_SAMPLERS if flow else SAMPLERS)[name].from_config(known)  # type: ignore[attr-defined]
-    if isinstance(sampler, (DDIMSampler, FlowSampler)):
+    chosen = (EDM_SAMPLERS if edm else FLOW_SAMPLERS if flow else SAMPLERS)[name]
+    sampler: Any = chosen.from_config(known)  # type: ignore[attr-defined]
+    if isinstance(sampler, (DDIMSampler, FlowSampler, EdmSampler)):
         sampler.eta = 1.0 if name in ("ddpm", "euler_ancestral") else eta
     elif isinstance(sampler, EulerAncestralSampler):
         sampler.predicts_sample = predicts_sample
@@ -157,25 +179,34 @@ def guided(
     condition: Condition,
     negative: Condition,
     guidance: Guidance,
-    train_timesteps: int = 1000,
+    position: Callable[[float], float] = lambda timestep: timestep / 1000,
 ) -> Denoise:
-    """The guided model, as one pass over a doubled batch.
+    """The guided model, as one pass over a doubled batch. `position` is where a timestep is in the schedule, 0 to 1.
 
     With a scale of 1, outside the interval, or without a negative condition, it is the conditional model in one pass.
     """
     # What is not steered away from is told both times.
     kinds = condition.keys() if negative else ()
     both = {kind: torch.cat([negative.get(kind, condition[kind]), condition[kind]]) for kind in kinds}
-    low, high = (bound * train_timesteps for bound in guidance.interval)
+    low, high = guidance.interval
 
     def denoise_guided(latents: Tensor, timesteps: Tensor, _: Condition) -> Tensor:
         # All samples of a drawing are at the same timestep.
-        if not both or guidance.scale == 1 or not low <= float(timesteps[0]) <= high:
+        if not both or guidance.scale == 1 or not low <= position(float(timesteps[0])) <= high:
             return denoise(latents, timesteps, condition)
         doubled = denoise(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
         return guidance.combine(*doubled.chunk(2))
 
     return denoise_guided
+
+
+def _position(sampler: Any) -> Callable[[float], float]:
+    """Where a timestep of `sampler` is in its schedule: 0 is clean, 1 is noise; for edm by the logarithm of σ."""
+    config = sampler.config
+    if "sigma_data" not in config:
+        return lambda timestep: timestep / config.num_train_timesteps
+    low, high = math.log(config.sigma_min), math.log(config.sigma_max)
+    return lambda timestep: min(1.0, max(0.0, (4 * timestep - low) / (high - low)))
 
 
 def sample(
@@ -212,7 +243,7 @@ def sample(
     limit = sampler.config.num_train_timesteps - (sampler.config.get("timestep_spacing") == "leading")
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps is {num_steps}, this model takes 1 to {limit}")
-    denoise = guided(denoise, condition, negative, guidance, sampler.config.num_train_timesteps)
+    denoise = guided(denoise, condition, negative, guidance, _position(sampler))
     sampler.set_timesteps(num_steps, device=seeds.device)
     noise = {"generator": seeded(derive_seeds(seeds, "sampler"))} if isinstance(sampler, _DRAW_NOISE) else {}
     latents = normal(seeds, shape, "initial") if initial is None else initial
@@ -243,7 +274,7 @@ def invert(
     Args:
         denoise: the model, without guidance.
         latents: (batch, channels, height, width), clean.
-        sampler: "ddim" of `make_sampler` with eta 0; for a flow "euler" as well.
+        sampler: "ddim" of `make_sampler` with eta 0; for flow and edm "euler" as well.
         num_steps: steps, the same as for drawing.
         condition: as for drawing.
         iterations: passes for each step.
@@ -254,7 +285,7 @@ def invert(
     Raises:
         ValueError: the sampler is not deterministic DDIM.
     """
-    if not isinstance(sampler, (DDIMSampler, FlowSampler)) or sampler.eta:
+    if not isinstance(sampler, (DDIMSampler, FlowSampler, EdmSampler)) or sampler.eta:
         raise ValueError("only ddim with eta 0 can be inverted")
     sampler.set_timesteps(num_steps, device=latents.device)
     one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -263,9 +294,10 @@ def invert(
         # For a given prediction p a step is x_s = A x_t + B p. A is 0 where x itself is predicted and x_s is clean.
         gain, share = (ddim_step(*sampler.split(p, timestep, x)) for x, p in ((one, zero), (zero, one)))
         for _ in range(iterations):
-            prediction = denoise(latents, timestep.expand(len(latents)), condition).float()
+            scaled = latents * sampler.scale(timestep) if isinstance(sampler, EdmSampler) else latents
+            prediction = denoise(scaled.float(), timestep.expand(len(latents)), condition).float()
             if gain > 1e-3:
                 latents = ((end - share * prediction) / gain).float()
             else:
                 latents = latents + sampler.split(prediction, timestep, latents)[2][0] * (end - prediction)
-    return latents
+    return latents / getattr(sampler, "init_noise_sigma", 1.0)

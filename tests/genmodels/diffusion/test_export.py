@@ -15,6 +15,7 @@ from genmodels.diffusion.sampler import SAMPLERS
 from genmodels.families import build_objective
 from tests.genmodels import tiny
 
+EDM = {"prediction_type": "edm", "noise_schedule": "edm"}
 FLOW = {"prediction_type": "flow", "noise_schedule": "flow", "flow_shift": 2.0}
 DIT = {"kind": "dit", "patch_size": 2, "width": 24, "depth": 2, "heads": 3}
 CLASSES = {"classes": ["one", "two", "three"], "text_encoder": {"kind": "none"}}
@@ -38,8 +39,8 @@ def exported(inputs, folder, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}, FLOW],
-    ids=["v_prediction", "epsilon", "epsilon-cosine", "flow"],
+    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}, FLOW, EDM],
+    ids=["v_prediction", "epsilon", "epsilon-cosine", "flow", "edm"],
 )
 def test_stable_diffusion_layout(inputs, tmp_path, changes):
     from diffusers import StableDiffusionPipeline
@@ -165,7 +166,7 @@ def test_what_diffusers_has_no_pipeline_for_is_opened_as_it_was(inputs, tmp_path
 
 
 @pytest.mark.parametrize("sampler", sorted(SAMPLERS))
-@pytest.mark.parametrize("changes", [{}, FLOW], ids=["diffusion", "flow"])
+@pytest.mark.parametrize("changes", [{}, FLOW, EDM], ids=["diffusion", "flow", "edm"])
 def test_a_picture_depends_on_prompt_and_seed_alone(inputs, tmp_path, sampler, changes):
     exported(inputs, tmp_path, **changes)
     model = TextToImage.from_folder(tmp_path)

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
 
-from genmodels.diffusion.noise_schedule import SCHEDULES, FlowSchedule, NoiseSchedule, betas
+from genmodels.diffusion.noise_schedule import SCHEDULES, EdmSchedule, FlowSchedule, NoiseSchedule, betas
 
 NAMES = sorted(SCHEDULES)
 
@@ -91,6 +91,26 @@ def test_a_flow_is_a_straight_line_whose_prediction_gives_back_sample_and_noise(
     torch.testing.assert_close(schedule.q_sample(x, timesteps + 1, epsilon) - x_t, flow / 1000, rtol=0, atol=1e-9)
     torch.testing.assert_close(schedule.to_sample("flow", flow, x_t, timesteps), x, rtol=0, atol=1e-9)
     torch.testing.assert_close(schedule.to_epsilon("flow", flow, x_t, timesteps), epsilon, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sigma_data", [1.0, 0.5])
+def test_edm_is_the_preconditioning_of_the_paper(sigma_data):
+    """Karras et al. 2022, table 1 and eq. 8: F = (x − c_skip (x + σ n)) / c_out, at c_in (x + σ n) and ln(σ)/4."""
+    schedule = EdmSchedule(sigma_data=sigma_data)
+    x, n = torch.randn(2, 64, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    timesteps = schedule.timesteps(torch.linspace(0.01, 0.99, 64, dtype=torch.float64))
+    sigma = torch.exp(4 * timesteps)[:, None, None, None]
+    noisy, total = x + sigma * n, sigma**2 + sigma_data**2
+    c_skip, c_out = sigma_data**2 / total, sigma * sigma_data / total.sqrt()
+    seen = schedule.q_sample(x, timesteps, n)
+    torch.testing.assert_close(seen, noisy / total.sqrt(), rtol=1e-9, atol=1e-12)
+    target = schedule.target("edm", x, n, timesteps)
+    torch.testing.assert_close(target, (x - c_skip * noisy) / c_out, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(schedule.to_sample("edm", target, seen, timesteps), x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(schedule.to_epsilon("edm", target, seen, timesteps), n, rtol=0, atol=1e-7)
+    levels = torch.log(sigma).flatten()
+    torch.testing.assert_close(levels[[0, -1]].mean(), torch.tensor(-1.2, dtype=torch.float64), rtol=0, atol=1e-6)
+    torch.testing.assert_close(schedule.position(timesteps), torch.linspace(0.01, 0.99, 64, dtype=torch.float64))
 
 
 def test_the_flow_between_gaussians_is_the_least_squares_answer():

@@ -249,7 +249,7 @@ def test_a_frozen_text_encoder_stays_outside_the_denoiser(inputs, tmp_path):
 @pytest.mark.parametrize(
     ("prediction_type", "noise_schedule"),
     [(p, s) for p in ("epsilon", "v_prediction", "sample") for s in ("linear", "scaled_linear", "cosine")]
-    + [("flow", "flow")],
+    + [("flow", "flow"), ("edm", "edm")],
 )
 def test_pixels_without_condition_train_and_preview(prediction_type, noise_schedule):
     config = tiny.diffusion_config(

@@ -9,7 +9,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from genmodels.diffusion.ddim import ddim_step
-from genmodels.diffusion.noise_schedule import SCHEDULES, FlowSchedule, NoiseSchedule
+from genmodels.diffusion.noise_schedule import SCHEDULES, EdmSchedule, FlowSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import SAMPLERS, Guidance, guided, invert, make_sampler, sample, sampler_settings
 
 SHAPE = (2, 3, 3)
@@ -29,7 +29,7 @@ def point_mass(point: torch.Tensor, schedule: NoiseSchedule, prediction_type: st
 def exact(name: str, settings: dict, denoise):
     """`denoise` at the times that a sampler means: Euler's and Heun's diffusers classes give them as floats."""
     return lambda latents, timesteps, condition: denoise(
-        latents, timesteps if settings["prediction_type"] == "flow_prediction" else timesteps.round().long(), condition
+        latents, timesteps if settings.keys() & {"flow_shift", "sigma_data"} else timesteps.round().long(), condition
     )
 
 
@@ -50,7 +50,7 @@ COMBINATIONS = [
     (noise_schedule, prediction_type)
     for noise_schedule in sorted(SCHEDULES)
     for prediction_type in ("epsilon", "v_prediction", "sample")
-] + [("flow", "flow")]
+] + [("flow", "flow"), ("edm", "edm")]
 EXACT = ["ddim", "dpm_solver++", "euler", "heun"]
 """Deterministic samplers: a point mass is a fixed point of each of their steps."""
 
@@ -104,7 +104,9 @@ def test_gaussian_data_is_drawn_with_its_deviation(name, noise_schedule, predict
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
-@pytest.mark.parametrize(("noise_schedule", "prediction_type"), [("scaled_linear", "v_prediction"), ("flow", "flow")])
+@pytest.mark.parametrize(
+    ("noise_schedule", "prediction_type"), [("scaled_linear", "v_prediction"), ("flow", "flow"), ("edm", "edm")]
+)
 def test_any_eta_draws_the_same_distribution(noise_schedule, prediction_type, eta):
     settings = sampler_settings(noise_schedule, prediction_type)
     denoise = gaussian(0.5, NoiseSchedule.named(noise_schedule), prediction_type)
@@ -130,13 +132,15 @@ def test_eta_1_is_the_posterior_of_ddpm():
 
 
 @pytest.mark.parametrize(("name", "order"), [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize(("noise_schedule", "prediction_type"), [("scaled_linear", "epsilon"), ("flow", "flow")])
+@pytest.mark.parametrize(
+    ("noise_schedule", "prediction_type"), [("scaled_linear", "epsilon"), ("flow", "flow"), ("edm", "edm")]
+)
 def test_order_on_the_gaussian_ode(name, order, noise_schedule, prediction_type):
     """Its solution scales with the deviation of x_t, √(a²s² + b²): here, through the noisier half."""
     schedule, deviation = NoiseSchedule.named(noise_schedule), 0.5
     denoise = gaussian(deviation, schedule, prediction_type)
     errors = []
-    for num_steps in (10, 20, 40):
+    for num_steps in (40, 80, 160) if noise_schedule == "edm" else (10, 20, 40):  # edm begins at σ = 80
         sampler = make_sampler(name, sampler_settings(noise_schedule, prediction_type))
         sampler.set_timesteps(num_steps)
         scale = getattr(sampler, "scale_model_input", lambda latents, timestep: latents)
@@ -156,7 +160,11 @@ def test_order_on_the_gaussian_ode(name, order, noise_schedule, prediction_type)
 
 
 def whole(timestep: torch.Tensor, schedule: NoiseSchedule) -> torch.Tensor:
-    return timestep.reshape(-1) if isinstance(schedule, FlowSchedule) else timestep.reshape(-1).round().long()
+    return (
+        timestep.reshape(-1)
+        if isinstance(schedule, (FlowSchedule, EdmSchedule))
+        else timestep.reshape(-1).round().long()
+    )
 
 
 @pytest.mark.parametrize(("noise_schedule", "prediction_type"), COMBINATIONS)
@@ -236,7 +244,7 @@ def test_guidance_within_an_interval_only():
         return latents * condition["gain"][:, None]
 
     condition, negative = {"gain": torch.tensor([2.0])}, {"gain": torch.tensor([1.0])}
-    model = guided(denoise, condition, negative, Guidance(3.0, interval=(0.2, 0.8)), 1000)
+    model = guided(denoise, condition, negative, Guidance(3.0, interval=(0.2, 0.8)))
     for timestep, expected in ((900, 2.0), (800, 4.0), (200, 4.0), (100, 2.0)):
         assert model(torch.ones(1, 3), torch.tensor([timestep]), None).unique().item() == expected
     assert passes == [1, 2, 2, 1]

@@ -61,8 +61,11 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._ended.set()
         self._thread.join()
-        if self._is_ours():
-            storage.remove(self.folder.path("lease.json"))
+        try:
+            if self._is_ours():
+                storage.remove(self.folder.path("lease.json"))
+        except storage.ERRORS as error:  # what ends the run matters more, and the lease ends by itself
+            print(f"{self.folder.url}: the lease could not be given back ({error})", file=sys.stderr)
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

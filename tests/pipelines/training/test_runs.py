@@ -126,6 +126,9 @@ def test_a_finished_run_says_so(alone: RunFolder, run_root: Path, preset: Path, 
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["outcome"], summary["steps"]) == ("already finished", small_run.STEPS)
     assert small_run.newest(alone).url == checkpoint
+    parts = summary["start_seconds"]  # of the launch that trained
+    assert list(parts) == ["checks", "ray", "workers", "building", "first batch", "first step"]
+    assert min(parts.values()) >= 0 and sum(parts.values()) < 120
 
 
 def test_another_configuration_is_refused_with_the_difference(alone: RunFolder, run_root: Path, preset: Path) -> None:

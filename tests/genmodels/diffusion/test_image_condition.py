@@ -135,7 +135,7 @@ def train(told: dict, steps: int = 250) -> object:
     torch.manual_seed(0)
     unet = {
         "kind": "unet",
-        "channels": [32, 64],
+        "channels": [16, 32],
         "attention": [False, True],
         "head_dim": 16,
         "layers_per_block": 1,
@@ -155,10 +155,10 @@ def train(told: dict, steps: int = 250) -> object:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1, (step + 1) / 20) * (1 - step / steps)
-        seeds = torch.arange(step * 32, (step + 1) * 32)
-        rows = torch.randint(0, len(data), (32,), generator=torch.Generator().manual_seed(step))
+        seeds = torch.arange(step * 16, (step + 1) * 16)
+        rows = torch.randint(0, len(data), (16,), generator=torch.Generator().manual_seed(step))
         optimizer.zero_grad()
-        objective.loss({"images": data[rows], "seeds": seeds, "weight": torch.ones(32), "step": step}).loss.backward()
+        objective.loss({"images": data[rows], "seeds": seeds, "weight": torch.ones(16), "step": step}).loss.backward()
         torch.nn.utils.clip_grad_norm_(objective.denoiser.parameters(), 1.0)
         optimizer.step()
     return objective
@@ -181,7 +181,7 @@ def moments(pictures: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.slow
 def test_super_resolution_beats_bicubic_and_fails_on_shuffled_inputs(tmp_path):
     objective = train({"kind": "low_resolution", "factor": 4})
-    real = torch.from_numpy(digits("held_out", 96)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    real = torch.from_numpy(digits("held_out", 64)).permute(0, 3, 1, 2).float() / 127.5 - 1
     small = reduced(real, 4)
     pixels = ((small + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     ours, bicubic = drawn_from(objective, tmp_path / "a", pixels), upsampled(small, 32)

@@ -77,44 +77,45 @@ class DiTConfig(Section):
         return self
 
 
-class LowResolutionCondition(Section):
+class _ImageCondition(Section):
+    """What conditions by an image share."""
+
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
+
+
+class LowResolutionCondition(_ImageCondition):
     """Super-resolution: told the image, made smaller."""
 
     kind: Literal["low_resolution"] = "low_resolution"
     factor: int = Field(4, gt=1, description="by how much; divides image_size")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
 
 
-class BlurCondition(Section):
+class BlurCondition(_ImageCondition):
     """Deblurring."""
 
     kind: Literal["blur"] = "blur"
     sigma: float = Field(2.0, gt=0, description="deviation of the Gaussian blur in pixels")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
 
 
-class NoiseCondition(Section):
+class NoiseCondition(_ImageCondition):
     """Denoising of noisy images."""
 
     kind: Literal["noise"] = "noise"
     deviation: float = Field(0.5, gt=0, description="of the Gaussian noise, for images in [-1, 1]")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
 
 
-class EdgeCondition(Section):
+class EdgeCondition(_ImageCondition):
     """Drawing from edges."""
 
     kind: Literal["edges"] = "edges"
     threshold: float = Field(0.5, gt=0, description="change of a colour between neighbours, of 2, that is an edge")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
 
 
-class MaskCondition(Section):
+class MaskCondition(_ImageCondition):
     """Inpainting: told everything outside a rectangle."""
 
     kind: Literal["mask"] = "mask"
     largest: float = Field(0.7, gt=0, le=1, description="largest side of a training rectangle, over the image's")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of samples trained without it")
 
 
 ImageConditionConfig = LowResolutionCondition | BlurCondition | NoiseCondition | EdgeCondition | MaskCondition

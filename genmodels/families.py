@@ -6,19 +6,53 @@ libraries that take seconds to import.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
+from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
 
 if TYPE_CHECKING:
     from genmodels.objective import Objective
 
-ObjectiveConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
+MemberConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
+
+
+class SideBySideConfig(Section):
+    """Several models that are trained on the same batches, to be compared: one start, one stream of data."""
+
+    kind: Literal["side_by_side"] = "side_by_side"
+    members: dict[str, MemberConfig] = Field(min_length=1, description="objective by name; all of one image_size")
+
+    @model_validator(mode="after")
+    def _fits(self) -> SideBySideConfig:
+        sizes = {name: member.image_size for name, member in self.members.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"members see the same images, so image_size must be the same: {sizes}")
+        for name in self.members:
+            if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
+                raise ValueError(f"{name!r} cannot name a member: use letters, digits, _ and -")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels."""
+        return next(iter(self.members.values())).image_size
+
+    @property
+    def conditional(self) -> bool:
+        """Whether a member reads captions."""
+        return any(getattr(member, "conditional", False) for member in self.members.values())
+
+
+ObjectiveConfig = Annotated[
+    AutoencoderConfig | ClipConfig | LatentDiffusionConfig | SideBySideConfig, Field(discriminator="kind")
+]
 
 
 def objective_class(kind: str) -> type[Objective]:
@@ -36,7 +70,16 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.diffusion.objective import LatentDiffusion
 
             return LatentDiffusion
+        case "side_by_side":
+            from genmodels.side_by_side import SideBySide
+
+            return SideBySide
     raise KeyError(kind)
+
+
+def members_of(config: Any) -> dict[str, Any]:
+    """The members of a `SideBySideConfig` by name; any other configuration is the only member, named ""."""
+    return dict(config.members) if isinstance(config, SideBySideConfig) else {"": config}
 
 
 def build_objective(config: Any, inputs: Path | None = None) -> Objective:

@@ -7,10 +7,10 @@ on the step alone, never on data: ranks that disagreed would wait for each other
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,19 @@ Batch = dict[str, Any]
 - `captions`  list of str
 - `token_ids` int64 (batch, length), where the run has a tokenizer
 """
+
+T = TypeVar("T")
+
+
+def once(batch: Batch, key: Hashable, inputs: Sequence[Any], compute: Callable[[], T]) -> T:
+    """`compute()`, which needs no gradient, done once for a micro-batch, however many phases ask under this `key`.
+
+    `inputs` are the values of the batch that it is computed from: where they are others, it is computed anew.
+    """
+    known: dict[Hashable, tuple[Sequence[Any], T]] = batch.setdefault("once", {})
+    if key not in known or any(old is not new for old, new in zip(known[key][0], inputs, strict=True)):
+        known[key] = (inputs, compute())
+    return known[key][1]
 
 
 class Mean(NamedTuple):
@@ -90,8 +103,13 @@ class Objective:
     """
 
     networks: dict[str, nn.Module]
-    frozen: dict[str, nn.Module]
+    frozen: dict[str, nn.Module]  # the only place that holds them, so that `share_frozen` can exchange them
     phases: Sequence[Phase]
+    trained: dict[str, list[str]] = {}
+    """Patterns of the names of the parameters that are trained, by network; one that is not in it is trained whole."""
+
+    def prepare(self, batch: Batch) -> None:
+        """Compute, with `once` and without gradients, what the phases will ask of a micro-batch of training."""
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """Metrics on held-out data. Must contain `loss`. Fixed noise and timesteps: all from `batch["seeds"]`."""
@@ -134,6 +152,20 @@ class Objective:
         """The trained networks on the meta device: their sizes, before any input is at hand."""
         raise TypeError("this family does not say how large it is")
 
+    def share_frozen(self, other: Objective) -> None:
+        """Use the frozen networks of `other` in place of equal ones of one's own."""
+        for name, network in self.frozen.items():
+            twin = other.frozen.get(name)
+            if twin is not None and _equal(network, twin):
+                self.frozen[name] = twin
+
     def flops_per_sample(self) -> float | None:
         """Floating point operations of one forward pass for one sample, where known (for model FLOP utilisation)."""
         return None
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    ours, theirs = one.state_dict(), other.state_dict()
+    if type(one) is not type(other) or ours.keys() != theirs.keys():
+        return False
+    return all(value.shape == theirs[key].shape and torch.equal(value, theirs[key]) for key, value in ours.items())

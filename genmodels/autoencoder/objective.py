@@ -43,7 +43,6 @@ class Autoencoder(Objective):
         self.autoencoder = build_autoencoder(config)
         self.networks: dict[str, nn.Module] = {"autoencoder": self.autoencoder}
         self.frozen: dict[str, nn.Module] = {} if perceptual is None else {"perceptual": perceptual}
-        self.perceptual = perceptual
         adaptive = config.discriminator is not None and config.discriminator.adaptive
         self.phases = [
             Phase(
@@ -226,8 +225,8 @@ class Autoencoder(Objective):
         else:
             loss = error + regulariser.commitment_weight * result.penalty
             terms = {"loss": loss, "l1": l1, "commitment": result.penalty}
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(result.images, batch["images"])
+        if "perceptual" in self.frozen:
+            terms["perceptual"] = self.frozen["perceptual"](result.images, batch["images"])
             terms["loss"] = terms["loss"] + self.config.perceptual_weight * terms["perceptual"]
         return terms
 

@@ -31,9 +31,10 @@ class UNetConfig(Section):
     linear_projection: bool = Field(
         False, description="linear layers around attention to text, in place of 1x1 convolutions (Stable Diffusion 2)"
     )
-    scale_shift: bool = Field(
-        False, description="the timestep scales features too, not only shifts; without text alone"
+    pooled_text: bool = Field(
+        False, description="the text, pooled by attention, enters where the timestep does too, not by attention alone"
     )
+    scale_shift: bool = Field(False, description="what enters with the timestep scales features too, not only shifts")
     resnet_resampling: bool = Field(False, description="residual blocks resample; without text alone")
     norm_groups: int = Field(32, gt=0, description="groups of the normalisation; divides every entry of channels")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of features dropped; which, depends on workers.count")
@@ -75,6 +76,18 @@ class DiTConfig(Section):
             if self.width % divisor:
                 raise ValueError(f"width {self.width} is not a multiple of {name}")
         return self
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside layers that stay as they are (Hu et al. 2022); needs run.init_from."""
+
+    rank: int = Field(8, gt=0, description="r, of the product that is added to a weight")
+    alpha: int | None = Field(None, gt=0, description="the product is multiplied by alpha/rank [rank]")
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="layers that get one, by the end of their names; a DiT's last is to_out",
+    )
 
 
 class _ImageCondition(Section):
@@ -179,6 +192,7 @@ class LatentDiffusionConfig(Section):
     condition_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of samples trained without their caption, for classifier-free guidance"
     )
+    lora: LoraConfig | None = Field(None, description="train low-rank adapters only; null trains all weights")
     preview_steps: int = Field(15, gt=0, description="DDIM steps of the sample grids")
     preview_guidance_scale: float = Field(2.0, ge=1, description="guidance scale of the sample grids")
     preview_samples: int = Field(16, gt=0, description="samples in a grid, at most")
@@ -189,8 +203,10 @@ class LatentDiffusionConfig(Section):
         if isinstance(told, LowResolutionCondition) and self.image_size % told.factor:
             raise ValueError(f"image_condition.factor {told.factor} does not divide image_size {self.image_size}")
         unet = self.denoiser
-        if isinstance(unet, UNetConfig) and self.takes_text and (unet.scale_shift or unet.resnet_resampling):
-            raise ValueError("scale_shift and resnet_resampling are of U-Nets without text")
+        if isinstance(unet, UNetConfig) and self.takes_text and unet.resnet_resampling:
+            raise ValueError("resnet_resampling is of U-Nets without text")
+        if isinstance(unet, UNetConfig) and not self.takes_text and unet.pooled_text:
+            raise ValueError("pooled_text is of U-Nets with text")
         if self.classes is not None and self.takes_text:
             raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
 
+from genmodels.diffusion import lora
 from genmodels.diffusion.config import export_layout
 from genmodels.diffusion.dit import DiT, to_diffusers
 from genmodels.diffusion.layout import OWN_INDEX
@@ -30,13 +31,16 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
     """
     layout = layout_of(objective)
     folder.mkdir(parents=True, exist_ok=True)
-    backbone: Any = objective.denoiser.backbone
+    backbone: Any = objective.plain_backbone()
     part = "unet"
     if isinstance(backbone, DiT):
         part, backbone = "transformer", to_diffusers(backbone) if layout == "DiTPipeline" else backbone
     library = "genmodels" if isinstance(backbone, DiT) else "diffusers"
     parts: dict[str, tuple[str, str]] = {part: (library, type(backbone).__name__)}
     backbone.save_pretrained(folder / part, safe_serialization=True)
+
+    if objective.config.lora is not None:
+        lora.save_adapters(objective.denoiser.backbone, folder / "lora")
 
     settings = objective.sampler_settings
     sampler: Any

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 import torch
@@ -111,6 +112,7 @@ def build_backbone(
     return _build_unet(config, channels, sample_size, text_width, num_classes, extra_channels)
 
 
+_POOLING_HEAD = 32  # features per head of the pooling of text, at most
 _PLAIN = ("DownBlock2D", "UpBlock2D")
 
 
@@ -154,6 +156,9 @@ def _build_unet(
         # diffusers reads this argument as the number of heads, whatever its name.
         attention_head_dim=tuple(heads),
         use_linear_projection=config.linear_projection,
+        resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        addition_embed_type="text" if config.pooled_text else None,
+        addition_embed_type_num_heads=text_width // gcd(text_width, _POOLING_HEAD),
     )
 
 

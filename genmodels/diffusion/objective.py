@@ -16,13 +16,14 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels import random
 from genmodels.autoencoder.codec import LatentCodec
+from genmodels.diffusion import lora
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.dit import DiT, load_dit
 from genmodels.diffusion.image_condition import condition_channels, fold, from_image
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
-from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.encoder import build_text_encoder, pretrained_width
 from genmodels.text.tokenizer import encode
@@ -50,8 +51,6 @@ class LatentDiffusion(Objective):
         """Args: `text_encoder` is the frozen one, if any; one that is trained along is part of `denoiser`."""
         self.config = config
         self.denoiser = denoiser
-        self.autoencoder = autoencoder
-        self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
         self.frozen: dict[str, nn.Module] = {
@@ -59,6 +58,7 @@ class LatentDiffusion(Objective):
             for name, network in (("autoencoder", autoencoder), ("text_encoder", text_encoder))
             if network is not None
         }
+        self.trained = {} if config.lora is None else {"denoiser": lora.TRAINED}
         self.phases = [Phase("denoiser", self.loss)]
         self.noise_schedule = NoiseSchedule.named(
             config.noise_schedule,
@@ -70,6 +70,16 @@ class LatentDiffusion(Objective):
             std=config.edm_std,
         )
         self.empty_ids = None if tokenizer is None else encode(tokenizer, [""])  # (1, length)
+
+    @property
+    def autoencoder(self) -> LatentCodec | None:
+        """Makes latents of images, and images of latents; None where pixels are diffused."""
+        return self.frozen.get("autoencoder")  # type: ignore[return-value]
+
+    @property
+    def text_encoder(self) -> CLIPTextModel | None:
+        """The frozen one."""
+        return self.frozen.get("text_encoder")  # type: ignore[return-value]
 
     @staticmethod
     def from_config(config: LatentDiffusionConfig, inputs: Path | None = None) -> LatentDiffusion:
@@ -99,6 +109,11 @@ class LatentDiffusion(Objective):
         """The trained networks on the meta device, to count parameters before any input is at hand."""
         with torch.device("meta"):
             return {"denoiser": build_denoiser(config)}
+
+    def prepare(self, batch: Batch) -> None:
+        """Latents and features of the text."""
+        self.latents(batch)
+        self.condition(batch, dropout=True)
 
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of w ‖prediction − target‖²; w = 0 for quarantined samples, else 1 or the min-SNR weight.
@@ -134,19 +149,27 @@ class LatentDiffusion(Objective):
 
     def latents(self, batch: Batch) -> Tensor:
         """What is diffused: scaled latents of the autoencoder, or the images themselves."""
-        if self.autoencoder is None:
+        codec = self.autoencoder
+        if codec is None:
             return batch["images"]
-        return self.autoencoder.encode(batch["images"], batch["seeds"])
+        images, seeds = batch["images"], batch["seeds"]
+        return once(batch, ("latents", codec), (images, seeds), lambda: codec.encode(images, seeds))
 
     def condition(self, batch: Batch, dropout: bool) -> Condition:
         """What the denoiser is told; with `dropout`, by their seeds, some samples are not told of one or the other."""
-        seeds, told = batch["seeds"], {}
+        seeds = batch["seeds"]
+        told: dict[str, Tensor] = {}
         dropped = random.uniform(seeds, (), "dropout") < (self.config.condition_dropout if dropout else 0.0)
         if self.config.classes is not None:
             told["classes"] = torch.where(dropped, len(self.config.classes), self.labels(batch))
         elif self.config.takes_text:
             token_ids = batch["token_ids"]
-            told["text"] = self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids))
+            told["text"] = once(
+                batch,
+                ("text", self.text_encoder, dropout and self.config.condition_dropout),
+                (token_ids, seeds),
+                lambda: self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids)),
+            )
         if self.config.image_condition is not None:
             image = fold(from_image(self.config.image_condition, batch["images"], seeds), self.factor)
             if dropout and self.config.image_condition.dropout > 0:
@@ -199,7 +222,7 @@ class LatentDiffusion(Objective):
         """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
         count = min(self.config.preview_samples, len(batch["images"]))
         device = batch["images"].device
-        first = {key: value[:count] if isinstance(value, (Tensor, list)) else value for key, value in batch.items()}
+        first = {key: value[:count] for key, value in batch.items() if isinstance(value, (Tensor, list))}
         latents = sample(
             self.denoiser,
             self.denoiser.sample_shape,
@@ -236,12 +259,25 @@ class LatentDiffusion(Objective):
         Raises:
             ValueError: a part is missing or has other shapes.
         """
-        if isinstance(self.denoiser.backbone, DiT):
-            load_dit(self.denoiser.backbone, folder / "transformer")
+        plain = self.plain_backbone()
+        if isinstance(plain, DiT):
+            load_dit(plain, folder / "transformer")
         else:
-            load_into(self.denoiser.backbone, folder / "unet")
+            load_into(plain, folder / "unet")
+        if self.config.lora is not None:
+            for name, value in lora.without_adapters(self.denoiser.backbone).items():
+                value.copy_(plain.state_dict()[name])
         if self.denoiser.text_encoder is not None:
             load_into(self.denoiser.text_encoder, folder / "text_encoder")
+
+    def plain_backbone(self) -> Any:
+        """The U-Net or transformer as others know it: adapters, if any, are added to the weights."""
+        if self.config.lora is None:
+            return self.denoiser.backbone
+        config = self.config.model_copy(update={"lora": None})
+        plain = build_denoiser(config, self.autoencoder, self.text_encoder, self.tokenizer).backbone
+        plain.load_state_dict(lora.merged(self.denoiser.backbone))
+        return plain
 
     def flops_per_sample(self) -> float:
         """Of the denoiser's forward pass; the frozen networks are not counted."""
@@ -329,7 +365,10 @@ def build_denoiser(
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     classes = None if config.classes is None else len(config.classes)
     extra = 0 if config.image_condition is None else condition_channels(config.image_condition, factor)
-    return ConditionalDenoiser(build_backbone(config.denoiser, channels, size, width, classes, extra), text_encoder)
+    backbone = build_backbone(config.denoiser, channels, size, width, classes, extra)
+    if config.lora is not None:
+        lora.add_adapters(backbone, config.lora)
+    return ConditionalDenoiser(backbone, text_encoder)
 
 
 def _required(inputs: Path | None, name: str) -> Path:

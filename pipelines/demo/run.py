@@ -27,7 +27,6 @@ from infra.storage import run_root
 from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.training.config import TrainConfig, load_config
 
-MODELS = ("autoencoder-demo", "clip-demo", "ldm-demo")
 EVALUATION = ["--num-steps", "12", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
 EVALUATION += ["--precision", "auto", "--processes", "2"]
 
@@ -48,22 +47,24 @@ class Stages:
 
 def prepare(root: Path, trainings: list[TrainConfig]) -> None:
     """Draw the shards in a process of its own, and meanwhile forget earlier demos, import what is needed, start Ray."""
-    command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / "digits-32")]
-    with subprocess.Popen([*command, "--demo", "digits", "--size", "32", "--overwrite"]) as drawing:
-        from genmodels.families import objective_class
+    size = str(trainings[0].objective.image_size)
+    command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / f"digits-{size}")]
+    with subprocess.Popen([*command, "--demo", "digits", "--size", size, "--overwrite"]) as drawing:
+        from genmodels.families import members_of, objective_class
         from pipelines.training import cluster, launch  # noqa: F401
 
-        forget_models(root)
+        forget_models(root, [config.run.name for config in trainings])
         cluster.connect(max(trainings, key=cluster.local_cpus))
         for config in trainings:
-            objective_class(config.objective.kind)
+            for member in members_of(config.objective).values():
+                objective_class(member.kind)
     if drawing.returncode:
         raise RunFailed("the shards were not drawn: what is wrong is said above")
 
 
-def forget_models(root: Path) -> None:
+def forget_models(root: Path, names: list[str]) -> None:
     """Remove the runs and registered models of earlier demos under the run root; nothing else is touched."""
-    for name in MODELS:
+    for name in names:
         shutil.rmtree(root / name, ignore_errors=True)
     if not (root / "mlflow.db").exists():
         return
@@ -72,7 +73,7 @@ def forget_models(root: Path) -> None:
     from infra.mlflow_store import open_client
 
     client = open_client(f"sqlite:///{root / 'mlflow.db'}")
-    for name in MODELS:
+    for name in names:
         try:
             client.delete_registered_model(name)
         except MlflowException as error:
@@ -80,12 +81,17 @@ def forget_models(root: Path) -> None:
                 raise
 
 
+def check_overrides(overrides: list[str]) -> None:
+    """Raise BadRequest where they would lead a demo away from its own data and runs."""
+    if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
+        raise BadRequest(f"the demo removes and draws its own data and models: leave out {', '.join(theirs)}")
+
+
 def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     """Run all stages; returns the figures and writes them to `out`."""
     began = psutil.Process().create_time()  # of the command, so that imports count
     root, stages = run_root(), Stages()
-    if theirs := [text for text in overrides if text.startswith(("data.", "run.name", "run.root", "tracking."))]:
-        raise BadRequest(f"the demo removes and draws its own data and models: leave out {', '.join(theirs)}")
+    check_overrides(overrides)
     autoencoder = load_config("autoencoder_demo", overrides)
     encoders = load_config("clip_demo", overrides)
     diffusion = load_config("ldm_demo", overrides)

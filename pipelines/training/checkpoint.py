@@ -7,8 +7,8 @@
 
 Every attempt has a folder of its own; a folder without a manifest is no checkpoint. Loading takes the last commit whose
 files verify: the manifests of a run are numbered, since one that is restarted may commit a step again, or an earlier
-one. A key in a rank's file is `network|what|parameter|start`, where `what` is param, exp_avg, exp_avg_sq or ema, and
-`start` the first element in the flattened parameter. Safetensors and JSON only: nothing here unpickles.
+one. A key in a rank's file is `network|what|parameter|start`, where `what` is param, exp_avg, exp_avg_sq, ema or
+ema-LENGTH, and `start` the first element in the flattened parameter. Safetensors and JSON only: nothing here unpickles.
 
 Taking a snapshot (a copy in host memory) and committing it (the upload) are two calls: the second needs nothing of the
 training's state.
@@ -78,7 +78,11 @@ def _gather(value: Any) -> list[Any]:
 
 
 def take_snapshot(
-    step: int, networks: dict[str, NetworkState], own_state: dict[str, Tensor], facts: dict[str, Any]
+    step: int,
+    networks: dict[str, NetworkState],
+    own_state: dict[str, Tensor],
+    facts: dict[str, Any],
+    averages_only: bool = False,
 ) -> Snapshot:
     """Copy this rank's share of the state to host memory. No communication.
 
@@ -87,19 +91,25 @@ def take_snapshot(
         networks: engines and averages by network.
         own_state: the objective's own state and buffers; equal on all ranks, written by rank 0.
         facts: JSON that goes into the manifest (position, MLflow run id, …).
+        averages_only: of the averages, those with a power-function profile, and nothing else.
     """
     rank, world_size = _rank(), _world_size()
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] = {}
     for network, state in networks.items():
         fragments = state.engine.fragments()
-        for fragment, average in zip(fragments, state.ema.values, strict=True):
+        for number, fragment in enumerate(fragments):
             begin, end = 0, fragment.numel
             if state.engine.replicated:  # everyone has it all: each rank writes its share
                 begin, end = fragment.numel * rank // world_size, fragment.numel * (rank + 1) // world_size
             if begin == end:
                 continue
-            for what, values in {**fragment.values, "ema": average}.items():
+            kept = {name: values[number] for name, values in state.ema.averages.items()}
+            if averages_only:
+                del kept["ema"]  # it is in the checkpoints
+            else:
+                kept |= fragment.values
+            for what, values in kept.items():
                 key = f"{network}|{what}|{fragment.name}|{fragment.start + begin}"
                 tensors[key] = values[begin:end].detach().to("cpu", copy=True)
         described[network] = {
@@ -277,7 +287,8 @@ def restore(checkpoint: Checkpoint, networks: dict[str, NetworkState]) -> None:
     Raises:
         ValueError: a network or parameter is missing in the checkpoint, or has another shape.
     """
-    pieces = _Pieces(checkpoint, ("param", *MOMENTS, "ema"))
+    averages = {name for state in networks.values() for name in state.ema.averages}
+    pieces = _Pieces(checkpoint, ("param", *MOMENTS, *averages))
     own = f"rank-{_rank():05d}.safetensors"
     if own in pieces.unread:  # at the same world size and stage, the only file this rank needs
         pieces.read(own)
@@ -288,7 +299,7 @@ def restore(checkpoint: Checkpoint, networks: dict[str, NetworkState]) -> None:
         if described["optimizer_steps"]:
             state.engine.make_optimizer_state(described["optimizer_steps"])
         with torch.no_grad():
-            for fragment, average in zip(state.engine.fragments(), state.ema.values, strict=True):
+            for number, fragment in enumerate(state.engine.fragments()):
                 shape = described["shapes"].get(fragment.name)
                 if shape != list(fragment.shape):
                     raise ValueError(
@@ -299,8 +310,9 @@ def restore(checkpoint: Checkpoint, networks: dict[str, NetworkState]) -> None:
                         (network, what, fragment.name), fragment.start, fragment.values[what]
                     ):
                         raise ValueError(f"{checkpoint.url} has no {what} of {network}.{fragment.name}")
-                if not pieces.copy((network, "ema", fragment.name), fragment.start, average):
-                    average.copy_(fragment.values["param"])
+                for name, values in state.ema.averages.items():
+                    if not pieces.copy((network, name, fragment.name), fragment.start, values[number]):
+                        values[number].copy_(fragment.values["param"])
         state.engine.publish()
 
 

@@ -7,6 +7,7 @@ import json
 
 from rich.console import Console
 
+from genmodels.families import members_of
 from infra.errors import BadRequest, check_summary, write_summary
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.dry_run import describe
@@ -37,8 +38,9 @@ def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig
         arguments.overrides.insert(0, arguments.preset)
         arguments.preset = default_preset
     config = load_config(arguments.preset, arguments.overrides)
-    if config.objective.kind != kind:
-        raise BadRequest(f"{arguments.preset} trains objective.kind={config.objective.kind}, this pipeline {kind}")
+    kinds = {member.kind for member in members_of(config.objective).values()}
+    if kinds != {kind}:
+        raise BadRequest(f"{arguments.preset} trains objective.kind={', '.join(sorted(kinds))}, this pipeline {kind}")
     check_summary(arguments.summary)
     return config, arguments
 

@@ -17,7 +17,8 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
-from genmodels.families import ObjectiveConfig, objective_class
+from genmodels.families import ObjectiveConfig, members_of, objective_class
+from genmodels.power_ema import exponent
 from infra.errors import BadRequest
 from infra.storage import is_remote, run_root
 from pipelines.training.explain import explain
@@ -118,6 +119,9 @@ class OptimizerConfig(Section):
         0.01, ge=0, description="times the learning rate: share of each weight taken off a step"
     )
     max_grad_norm: float = Field(1.0, ge=0, description="gradients are clipped to this norm; 0: never")
+    freeze: list[str] = Field(
+        [], description="patterns of names of parameters that are not trained, such as backbone.down_blocks.*"
+    )
 
 
 class EngineConfig(Section):
@@ -166,6 +170,18 @@ class EmaConfig(Section):
 
     decay: float = Field(0.999, ge=0, lt=1, description="share of the old average kept at each step; 0: no averaging")
     warmup: bool = Field(True, description="decay at step n is at most (1+n)/(10+n)")
+    lengths: list[float] = Field(
+        [], description="power-function averages stored too, [0.05, 0.1] is usual: export_model.py makes others of them"
+    )
+    store_every: int = Field(1000, gt=0, description="steps between stored averages, for ema.lengths")
+
+    @model_validator(mode="after")
+    def _are_lengths(self) -> EmaConfig:
+        for length in self.lengths:
+            exponent(length)  # raises ValueError
+        if len(set(self.lengths)) < len(self.lengths):
+            raise ValueError("lengths are different ones")
+        return self
 
 
 class TrackingConfig(Section):
@@ -218,6 +234,12 @@ class TrainConfig(Section):
             wrong.append(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
         if data.caption is None and getattr(self.objective, "conditional", False):
             wrong.append("data.caption is null, and this objective learns from captions: name their shard member (txt)")
+        for name, member in members_of(self.objective).items():
+            if getattr(member, "lora", None) is not None and self.run.init_from is None:
+                section = f"objective.members.{name}" if name else "objective"
+                wrong.append(f"{section}.lora adapts a trained model: name it with run.init_from")
+        if self.tracking.register_as is not None and self.objective.kind == "side_by_side":
+            wrong.append("tracking.register_as names one model: with objective.kind=side_by_side, leave it null")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -241,7 +263,7 @@ class TrainConfig(Section):
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (
     "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
-    "run.validation_samples", "run.audit",
+    "run.validation_samples", "run.audit", "ema.store_every",
     "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
     "data.prefetch_batches", "data.max_bad_share", "engine", "engines", "workers", "tracking",
     "precision.compile", "precision.activation_checkpointing", "precision.channels_last",

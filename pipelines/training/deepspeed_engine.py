@@ -84,7 +84,7 @@ class DeepSpeedEngine(Engine):
         self.module = module
         self.stage = engine.zero_stage
         self.replicated = engine.zero_stage == 0
-        self._named = trainable(module)
+        self.named = trainable(module)
         for buffer in module.buffers():  # DeepSpeed broadcasts parameters only
             torch.distributed.broadcast(buffer, 0)
         self.ds, self._optimizer, _, _ = deepspeed.initialize(
@@ -120,12 +120,12 @@ class DeepSpeedEngine(Engine):
         return result
 
     def _step_unsharded(self) -> StepResult:
-        gradients = [parameter.grad for _, parameter in self._named if parameter.grad is not None]
+        gradients = [parameter.grad for _, parameter in self.named if parameter.grad is not None]
         norm = float(nn.utils.get_total_norm(gradients))
         if math.isfinite(norm):
             self.ds.step()
             return StepResult(True, norm)
-        for _, parameter in self._named:  # DeepSpeed looks for overflow from stage 1 on: zero it out here
+        for _, parameter in self.named:  # DeepSpeed looks for overflow from stage 1 on: zero it out here
             if parameter.grad is not None:
                 parameter.grad = None
         self.ds.micro_steps += 1
@@ -138,7 +138,7 @@ class DeepSpeedEngine(Engine):
 
     def fragments(self) -> list[Fragment]:
         found = []
-        for name, parameter in self._named:
+        for name, parameter in self.named:
             located = self._locate(parameter)
             if located is None:
                 continue
@@ -169,7 +169,7 @@ class DeepSpeedEngine(Engine):
 
     def _flat_tensors(self) -> list[Tensor]:
         if self.stage == 0:
-            return [parameter for _, parameter in self._named]
+            return [parameter for _, parameter in self.named]
         if self.stage < 3:
             return list(self._optimizer.single_partition_of_fp32_groups)
         return list(self._optimizer.fp32_partitioned_groups_flat)
@@ -186,14 +186,14 @@ class DeepSpeedEngine(Engine):
 
     def publish(self) -> None:
         if self.stage == 3:
-            for _, parameter in self._named:
+            for _, parameter in self.named:
                 self._set_partition(parameter, self._partition_of(parameter))
             self._gather_anew()
         elif self.stage > 0:
             fragments = self.fragments()
-            full = full_parameters(fragments, [f.values["param"] for f in fragments], self.module, replicated=False)
+            full = full_parameters(fragments, [f.values["param"] for f in fragments], self.named, replicated=False)
             with torch.no_grad():
-                for name, parameter in self._named:
+                for name, parameter in self.named:
                     parameter.copy_(full[name])
 
     def _partition_of(self, parameter: nn.Parameter) -> Tensor | None:
@@ -215,19 +215,19 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def weights(self, values: list[Tensor]) -> Iterator[None]:
         if self.stage < 3:
-            full = full_parameters(self.fragments(), values, self.module, self.replicated)
-            with replaced_parameters(self.module, full):
+            full = full_parameters(self.fragments(), values, self.named, self.replicated)
+            with replaced_parameters(self.named, full):
                 yield
             return
         by_name = {fragment.name: value for fragment, value in zip(self.fragments(), values, strict=True)}
-        own = {name: parameter.ds_tensor.data.clone() for name, parameter in self._named}  # type: ignore[attr-defined]
-        for name, parameter in self._named:
+        own = {name: parameter.ds_tensor.data.clone() for name, parameter in self.named}  # type: ignore[attr-defined]
+        for name, parameter in self.named:
             self._set_partition(parameter, by_name.get(name))
         self._gather_anew()
         try:
             yield
         finally:
-            for name, parameter in self._named:
+            for name, parameter in self.named:
                 parameter.ds_tensor.data.copy_(own[name])  # type: ignore[attr-defined]
             self._gather_anew()
 
@@ -237,6 +237,6 @@ class DeepSpeedEngine(Engine):
             return 0
         return sum(
             parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            for _, parameter in self._named
+            for _, parameter in self.named
             if not parameter.ds_persist  # type: ignore[attr-defined]
         )

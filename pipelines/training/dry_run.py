@@ -54,7 +54,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "memory_mib": memory,
         "global_batch_size": config.data.global_batch_size,
         "accumulation": config.accumulation,
-        "layout": _layout(config),
+        "layout": _layout(config.objective),
     }
     try:
         samples = load_index(config.data.url, RunFolder.of(config).path("index"), build=False).samples
@@ -82,14 +82,16 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     return facts
 
 
-def _layout(config: TrainConfig) -> str:
+def _layout(objective: Any) -> str:
     """Who opens the export."""
-    if config.objective.kind == "latent_diffusion":
+    if objective.kind == "side_by_side":
+        return "; ".join(f"{name}: {_layout(member)}" for name, member in objective.members.items())
+    if objective.kind == "latent_diffusion":
         from genmodels.diffusion.config import export_layout
 
-        layout = export_layout(config.objective)
+        layout = export_layout(objective)
         return f"{layout} (diffusers opens it)" if layout != "own" else "our own: only generate.py opens it"
-    if config.objective.kind == "clip":
+    if objective.kind == "clip":
         return "CLIP (transformers opens its text encoder)"
-    name = "AutoencoderKL" if config.objective.regulariser.kind == "kl" else "VQModel"
+    name = "AutoencoderKL" if objective.regulariser.kind == "kl" else "VQModel"
     return f"{name} (diffusers opens it)"

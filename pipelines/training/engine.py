@@ -10,9 +10,10 @@ once, against fragments, and so fit every ZeRO stage and world size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,8 @@ class Engine:
     """One network, its optimizer, and its share of the state. See `TorchEngine` and `DeepSpeedEngine`."""
 
     module: nn.Module
+    named: list[tuple[str, nn.Parameter]]
+    """The parameters that are trained, by name; those frozen when the engine was made are not among them."""
     replicated: bool
     """True when every rank holds all of every parameter; False when fragments are disjoint over ranks."""
 
@@ -96,14 +99,14 @@ class Engine:
 
 
 def full_parameters(
-    fragments: list[Fragment], values: list[Tensor], module: nn.Module, replicated: bool
+    fragments: list[Fragment], values: list[Tensor], named: list[tuple[str, nn.Parameter]], replicated: bool
 ) -> dict[str, Tensor]:
     """Whole parameters from the fragments of all ranks: one all-reduce of a buffer in which each rank fills its own."""
-    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in named}
     offsets, total = {}, 0
     for name, shape in shapes.items():
         offsets[name], total = total, total + shape.numel()
-    device = values[0].device if values else next(module.parameters()).device
+    device = values[0].device if values else named[0][1].device
     flat = torch.zeros(total, device=device)
     for fragment, value in zip(fragments, values, strict=True):
         begin = offsets[fragment.name] + fragment.start
@@ -114,17 +117,39 @@ def full_parameters(
 
 
 @contextmanager
-def replaced_parameters(module: nn.Module, full: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, `module` has the parameters `full`; afterwards its own again."""
-    own = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+def replaced_parameters(named: list[tuple[str, nn.Parameter]], full: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the parameters are those in `full`; afterwards what they were."""
+    own = [parameter.detach().clone() for _, parameter in named]
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
+        for name, parameter in named:
             parameter.copy_(full[name])
         try:
             yield
         finally:
-            for name, parameter in module.named_parameters():
-                parameter.copy_(own[name])
+            for (_, parameter), value in zip(named, own, strict=True):
+                parameter.copy_(value)
+
+
+def freeze(module: nn.Module, patterns: Sequence[str], network: str, trained: Sequence[str] = ("*",)) -> None:
+    """Turn gradients on for the parameters that are trained: those of names `trained` that no pattern matches.
+
+    Raises:
+        ValueError: a pattern matches none, or all are frozen.
+    """
+    unused = set(patterns)
+    module.requires_grad_(True)
+    for name, parameter in module.named_parameters():
+        matching = {pattern for pattern in patterns if fnmatchcase(name, pattern)}
+        unused -= matching
+        parameter.requires_grad_(not matching and any(fnmatchcase(name, pattern) for pattern in trained))
+    if unused:
+        example = next(name for name, _ in module.named_parameters())
+        raise ValueError(
+            f"optimizer.freeze: no parameter of {network!r} is named like {', '.join(sorted(unused))}; they have names "
+            f"such as {example}"
+        )
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ValueError(f"optimizer.freeze leaves nothing of {network!r} to train")
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -151,7 +176,7 @@ class TorchEngine(Engine):
         self.accumulation = accumulation
         self.max_grad_norm = optimizer.max_grad_norm
         self.optimizer = make_adamw(module, optimizer)
-        self._named = trainable(module)
+        self.named = trainable(module)
         if dist.is_initialized():
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor.data, 0)
@@ -160,7 +185,7 @@ class TorchEngine(Engine):
         (poison_if_not_finite(loss) / self.accumulation).backward()
 
     def step(self, lr: float) -> StepResult:
-        parameters = [parameter for _, parameter in self._named]
+        parameters = [parameter for _, parameter in self.named]
         for parameter in parameters:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -183,7 +208,7 @@ class TorchEngine(Engine):
 
     def fragments(self) -> list[Fragment]:
         found = []
-        for name, parameter in self._named:
+        for name, parameter in self.named:
             state = self.optimizer.state.get(parameter, {})
             values = {"param": parameter.data.view(-1)} | {key: state[key].view(-1) for key in MOMENTS if key in state}
             found.append(Fragment(name, tuple(parameter.shape), 0, values))
@@ -193,7 +218,7 @@ class TorchEngine(Engine):
         return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
     def make_optimizer_state(self, steps: int) -> None:
-        for _, parameter in self._named:
+        for _, parameter in self.named:
             self.optimizer.state[parameter] = {
                 "step": torch.tensor(float(steps)),
                 **{key: torch.zeros_like(parameter, memory_format=torch.contiguous_format) for key in MOMENTS},
@@ -204,7 +229,7 @@ class TorchEngine(Engine):
 
     @contextmanager
     def weights(self, values: list[Tensor]) -> Iterator[None]:
-        with replaced_parameters(self.module, full_parameters(self.fragments(), values, self.module, replicated=True)):
+        with replaced_parameters(self.named, full_parameters(self.fragments(), values, self.named, replicated=True)):
             yield
 
 

@@ -49,18 +49,28 @@ def _follow(model: type[BaseModel], location: typing.Sequence[Any]) -> tuple[lis
     Pydantic puts the `kind` of a union's member into the location: it narrows the sections, but nobody writes it.
     """
     models: list[type[BaseModel]] = [model]
-    written = []
+    written: list[str] = []
+    expected = "key"
     for part in location:
-        inside = [
-            found for m in models if part in m.model_fields for found in models_in(m.model_fields[part].annotation)
-        ]
-        named = [m for m in models if part in _kinds(m)]
-        if not any(part in m.model_fields for m in models) and len(models) > 1 and named:
-            models = named
-            continue
+        if expected == "kind":
+            expected = "key"
+            if named := [m for m in models if part in _kinds(m)]:
+                models = named
+                continue
         written.append(str(part))
+        if expected == "name":
+            expected = "kind" if len(models) > 1 else "key"
+            continue
+        annotations = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        inside = [found for annotation in annotations for found in models_in(annotation)]
+        by_name = any(map(_is_by_name, annotations))
+        expected = "name" if by_name else "kind" if len(inside) > 1 else "key"
         models = inside or models
     return written, models
+
+
+def _is_by_name(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is dict and bool(models_in(annotation))
 
 
 def _kinds(section: type[BaseModel]) -> tuple[Any, ...]:

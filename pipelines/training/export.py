@@ -8,36 +8,97 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genmodels.families import build_objective
 from genmodels.objective import Objective
+from genmodels.power_ema import combination
 from infra import storage
 from infra.errors import BadRequest
 from infra.registry import resolve_model
 from pipelines.training.checkpoint import Checkpoint, assemble, list_checkpoints, newest_verified
 from pipelines.training.config import TrainConfig, absolute_url
+from pipelines.training.ema import power_average
+from pipelines.training.engine import freeze, trainable
 from pipelines.training.run_folder import RunFolder
 
 
-def load_objective(config: TrainConfig, checkpoint: Checkpoint, inputs: Path, what: str = "ema") -> Objective:
-    """The objective of a run on the CPU, with the weights of a checkpoint: "ema", or "param" for those in training."""
+def initial_objective(config: TrainConfig, inputs: Path) -> Objective:
+    """The objective of a run as its training begins, on the CPU: fresh weights by the run's seed, or those given."""
+    torch.manual_seed(config.run.seed)
     objective = build_objective(config.objective, inputs)
-    weights = assemble(checkpoint, what)
+    if (inputs / "init").is_dir():
+        objective.load_weights(inputs / "init")
+    return objective
+
+
+def load_objective(
+    config: TrainConfig, checkpoint: Checkpoint, inputs: Path, weights: dict[str, dict[str, Tensor]] | None = None
+) -> Objective:
+    """The objective of a run on the CPU, with the averaged weights of a checkpoint, or the `weights` given."""
+    objective = initial_objective(config, inputs)
+    weights = assemble(checkpoint, "ema") if weights is None else weights
     state = checkpoint.objective_state()
     for name, module in objective.networks.items():
         buffers = {key.split("|", 2)[2]: value for key, value in state.items() if key.startswith(f"buffer|{name}|")}
-        module.load_state_dict({**weights[name], **buffers})
+        freeze(module, config.optimizer_of(name).freeze, name, objective.trained.get(name, ["*"]))
+        if absent := {key for key, _ in trainable(module)} - weights[name].keys():
+            raise ValueError(f"{checkpoint.url} lacks {min(absent)} of {name}")
+        module.load_state_dict({**module.state_dict(), **weights[name], **buffers})  # frozen ones are as at first
+        module.requires_grad_(True)
         module.eval()
     own = {key.removeprefix("own|"): value for key, value in state.items() if key.startswith("own|")}
     objective.load_state_dict(own)
     return objective
 
 
-def export_run(folder: RunFolder, checkpoint: Checkpoint | None = None) -> tuple[str, dict[str, Any]]:
-    """Export a checkpoint of a run (the newest, unless given), once; returns the export's URL and its facts.
+def power_averages(folder: RunFolder, checkpoint: Checkpoint, length: float) -> tuple[dict[str, Any], float]:
+    """Weights averaged with a power-function profile of relative `length`, made of those that the run stored.
+
+    Returns {network: {parameter: tensor}}, and the relative error of the profile: the largest over the networks.
 
     Raises:
-        BadRequest: the folder holds no run, or no checkpoint yet.
+        BadRequest: the run stored none, or the length is out of range.
+    """
+    lengths = folder.config().ema.lengths
+    newest: dict[int, Checkpoint] = {}  # a step that was done again may be there twice
+    for found in list_checkpoints(folder.averages):
+        if found.step <= checkpoint.step:
+            newest.setdefault(found.step, found)
+    stored = [(each, kept) for kept in newest.values() for each in lengths]
+    if not stored:
+        raise BadRequest(
+            f"{folder.url} stored no averages up to step {checkpoint.step}: train with ema.lengths=[0.05,0.1]"
+        )
+    worst, factors = 0.0, {}
+    for network, described in checkpoint.manifest["networks"].items():
+        times = [(each, kept.manifest["networks"][network]["optimizer_steps"]) for each, kept in stored]
+        if not described["optimizer_steps"]:
+            raise BadRequest(f"network {network!r} has not been trained yet at step {checkpoint.step}")
+        try:
+            factors[network], error = combination(times, length, described["optimizer_steps"])
+        except ValueError as wrong:
+            raise BadRequest(f"--ema-length: {wrong}") from None
+        worst = max(worst, error)
+    summed: dict[str, dict[str, Tensor]] = {}
+    for number, (each, kept) in enumerate(stored):
+        for network, parameters in assemble(kept, power_average(each)).items():
+            into = summed.setdefault(network, {})
+            for name, values in parameters.items():
+                share = float(factors[network][number]) * values.double()
+                into[name] = into[name] + share if name in into else share
+    return {network: {k: v.float() for k, v in values.items()} for network, values in summed.items()}, worst
+
+
+def export_run(
+    folder: RunFolder, checkpoint: Checkpoint | None = None, ema_length: float | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Export a checkpoint of a run (the newest, unless given), once; returns the export's URL and its facts.
+
+    With `ema_length`, its weights are averaged by a power-function profile of that relative length.
+
+    Raises:
+        BadRequest: the folder holds no run, or no checkpoint yet, or no averages of which that one can be made.
     """
     from pipelines.training.inputs import local_inputs
 
@@ -45,19 +106,32 @@ def export_run(folder: RunFolder, checkpoint: Checkpoint | None = None) -> tuple
     checkpoint = checkpoint or newest_verified(folder.checkpoints)
     if checkpoint is None:
         raise BadRequest(f"{folder.url} has no checkpoint yet: train it for at least run.checkpoint_every steps")
-    name = f"{checkpoint.step:08d}"
+    name = f"{checkpoint.step:08d}" + ("" if ema_length is None else f"-{power_average(ema_length)}")
     target = folder.path("export", name)
     done = folder.read(f"export/{name}.json")
     if done is not None and done["checkpoint"] == checkpoint.url:
         return target, done["facts"]
-    objective = load_objective(config, checkpoint, local_inputs(folder))
+    weights = error = None
+    if ema_length is not None:
+        weights, error = power_averages(folder, checkpoint, ema_length)
+    objective = load_objective(config, checkpoint, local_inputs(folder), weights)
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         local = Path(temporary) / "export"
         local.mkdir()
         facts = json.loads(json.dumps(objective.export(local), default=str))
+        if ema_length is not None:
+            facts |= {"ema_length": ema_length, "ema_profile_error": error}
         storage.upload_folder(local, target)
     folder.write(f"export/{name}.json", {"checkpoint": checkpoint.url, "facts": facts})
     return target, facts
+
+
+def find_run(reference: str, root: str) -> RunFolder | None:
+    """The folder of a run that is given by its URL, or by its name under `root`; None where it is no run."""
+    for url in (reference, storage.join(root, reference)):
+        if all(storage.exists(storage.join(url, part)) for part in ("config.json", "checkpoints")):
+            return RunFolder(str(absolute_url(url)))
+    return None
 
 
 def resolve_reference(reference: str, root: str, tracking_uri: str | None = None, finished: bool = False) -> Path:
@@ -69,13 +143,11 @@ def resolve_reference(reference: str, root: str, tracking_uri: str | None = None
     """
     if reference.startswith("models:"):
         return resolve_model(reference, tracking_uri)
-    for url in (reference, storage.join(root, reference)):
-        if all(storage.exists(storage.join(url, part)) for part in ("config.json", "checkpoints")):
-            folder = RunFolder(str(absolute_url(url)))
-            checkpoint = newest_verified(folder.checkpoints)
-            if finished and not (checkpoint is not None and checkpoint.finished):
-                raise BadRequest(f"the training of {url} has not ended: type its command again first")
-            return resolve_model(export_run(folder, checkpoint)[0], tracking_uri)
+    if (folder := find_run(reference, root)) is not None:
+        checkpoint = newest_verified(folder.checkpoints)
+        if finished and not (checkpoint is not None and checkpoint.finished):
+            raise BadRequest(f"the training of {folder.url} has not ended: type its command again first")
+        return resolve_model(export_run(folder, checkpoint)[0], tracking_uri)
     run, _, name = str(absolute_url(reference)).rpartition("/checkpoints/")
     for checkpoint in list_checkpoints(f"{run}/checkpoints") if run else ():
         if checkpoint.url.rstrip("/").endswith(f"/{name.rstrip('/')}"):

@@ -78,6 +78,9 @@ class RunHooks:
         if run.preview_samples and (last or (run.preview_every and step % run.preview_every == 0)):
             self._show(step, force=True, doing="drawing")
             self._preview(trainer, step)
+        if self.config.ema.lengths and (last or step % self.config.ema.store_every == 0):
+            self._show(step, force=True, doing="storing averages")
+            commit_snapshot(self.folder.averages, trainer.averages(step))
         if checkpoint:
             self._checkpoint(trainer, step, last, figures)
         self._show(step, force=last)
@@ -184,6 +187,7 @@ class RunHooks:
                     "data_wait_share": throughput.wait_share,
                     "samples_per_second": throughput.samples / max(throughput.seconds, 1e-9),
                     "training_seconds": throughput.seconds,
+                    **{f"seconds_{name}": spent for name, spent in trainer.phase_seconds.items()},
                 }
             )
         commit_snapshot(self.folder.checkpoints, trainer.snapshot(step, facts))

@@ -11,6 +11,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from genmodels.families import members_of
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from infra import storage
 from infra.errors import BadRequest
@@ -29,54 +30,96 @@ _TOKENIZER_CAPTIONS = 50_000  # enough for the merges of a vocabulary of tens of
 def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) -> None:
     """Collect autoencoder, tokenizer, text encoder, perceptual weights and initial weights in the run's folder.
 
+    What a member of a `side_by_side` objective needs is in a folder of its name; the tokenizer is that of all.
+
     Raises:
         BadRequest: a reference does not lead to a model or file; the message names the key.
     """
     if storage.exists(folder.path("inputs", "complete")):
         return
-    objective: Any = config.objective
     with tempfile.TemporaryDirectory() as temporary:
         local = Path(temporary)
-        perceptual = getattr(objective, "perceptual", None)
-        if perceptual is not None:
-            if not Path(perceptual).is_file():
-                raise BadRequest(f"objective.perceptual: there is no file {perceptual}")
-            shutil.copy(perceptual, local / "perceptual.safetensors")
         sources: dict[str, dict[str, str]] = {}  # which model exactly each reference led to
         if config.run.init_from is not None:
             source = _resolve("run.init_from", config.run.init_from, config)
             sources["run.init_from"] = {"reference": config.run.init_from, "digest": folder_digest(source)}
             shutil.copytree(source, local / "init")
-        text = getattr(objective, "text_encoder", None)
+        members = members_of(config.objective)
         models: dict[str, str] = {}  # key: reference to a model that this project trained, or trains first
-        if isinstance(text, PretrainedTextEncoder) and text.path.startswith(("models:", "preset:")):
-            models["objective.text_encoder.path"] = text.path
-        elif isinstance(text, PretrainedTextEncoder):
-            _fetch_text_encoder(text.path, text.path, local)
-        elif isinstance(text, TrainedTextEncoder):
-            started_from = local / "init" / "tokenizer"
-            if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
-                shutil.copytree(started_from, local / "tokenizer")
-            else:
-                from genmodels.text.tokenizer import save, train_tokenizer
-
-                spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
-                captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
-                save(train_tokenizer(captions, text.vocab_size, text.length), local / "tokenizer")
-        if getattr(objective, "autoencoder", None) is not None:
-            models["objective.autoencoder"] = objective.autoencoder
-        for key, source in _resolve_all(models, config):
-            sources[key] = {"reference": models[key], "digest": folder_digest(source)}
-            if key == "objective.autoencoder":
-                nested = source / "vae"  # a Stable Diffusion export holds one too
-                shutil.copytree(nested if nested.is_dir() else source, local / "autoencoder")
-            else:
-                _fetch_text_encoder(models[key], str(source), local)
+        for name, member in members.items():
+            (local / name).mkdir(exist_ok=True)
+            models |= _member_inputs(name, member, config, index, local)
+        for reference, source in _resolve_all(models, config):
+            for key in (key for key, wanted in models.items() if wanted == reference):
+                sources[key] = {"reference": reference, "digest": folder_digest(source)}
+                _place(key, reference, source, local / _member_named(key))
+        _share_tokenizer(local, list(members))
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):
             storage.upload_folder(local, folder.inputs)
         folder.write("inputs/sources.json", sources)
         storage.write_bytes(folder.path("inputs", "complete"), secrets.token_hex(16).encode())
+
+
+def _member_inputs(name: str, objective: Any, config: TrainConfig, index: DatasetIndex, local: Path) -> dict[str, str]:
+    """Put what is at hand into the member's folder; returns what is to be resolved: key to reference."""
+    section, target = f"objective.members.{name}" if name else "objective", local / name
+    perceptual = getattr(objective, "perceptual", None)
+    if perceptual is not None:
+        if not Path(perceptual).is_file():
+            raise BadRequest(f"{section}.perceptual: there is no file {perceptual}")
+        shutil.copy(perceptual, target / "perceptual.safetensors")
+    text = getattr(objective, "text_encoder", None)
+    models: dict[str, str] = {}
+    if isinstance(text, PretrainedTextEncoder):
+        key = f"{section}.text_encoder.path"
+        if text.path.startswith(("models:", "preset:")):
+            models[key] = text.path
+        else:
+            _fetch_text_encoder(key, text.path, text.path, target)
+    elif isinstance(text, TrainedTextEncoder):
+        started_from = local / "init" / name / "tokenizer"
+        if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
+            shutil.copytree(started_from, target / "tokenizer")
+        else:
+            from genmodels.text.tokenizer import save, train_tokenizer
+
+            spec = SampleSpec(config.objective.image_size, caption=config.data.caption)
+            captions = read_captions(index, spec, _TOKENIZER_CAPTIONS)
+            save(train_tokenizer(captions, text.vocab_size, text.length), target / "tokenizer")
+    if getattr(objective, "autoencoder", None) is not None:
+        models[f"{section}.autoencoder"] = objective.autoencoder
+    return models
+
+
+def _place(key: str, reference: str, source: Path, target: Path) -> None:
+    """Copy the model that a key of the configuration refers to into its member's folder."""
+    if key.endswith(".autoencoder"):
+        nested = source / "vae"  # a Stable Diffusion export holds one too
+        shutil.copytree(nested if nested.is_dir() else source, target / "autoencoder")
+    else:
+        _fetch_text_encoder(key, reference, str(source), target)
+
+
+def _member_named(key: str) -> str:
+    """The member whose key it is; "" of an objective without members."""
+    return key.split(".")[2] if key.startswith("objective.members.") else ""
+
+
+def _share_tokenizer(local: Path, members: list[str]) -> None:
+    """The tokenizer of the data path, where it belongs. Raises BadRequest where members bring different ones."""
+    brought = [name for name in members if name and (local / name / "tokenizer").is_dir()]
+    if not brought:
+        return
+    first, *others = brought
+    digest = folder_digest(local / first / "tokenizer")
+    for name in others:
+        if folder_digest(local / name / "tokenizer") != digest:
+            raise BadRequest(
+                f"objective.members {first} and {name} have different tokenizers, and the captions are read with one: "
+                "give both the same text encoder"
+            )
+    shutil.copytree(local / first / "tokenizer", local / "tokenizer")
 
 
 def parents(folder: RunFolder) -> dict[str, str]:
@@ -85,35 +128,42 @@ def parents(folder: RunFolder) -> dict[str, str]:
     return {f"parent.{key}": f"{source['reference']} {source['digest']}" for key, source in sources.items()}
 
 
-def _fetch_text_encoder(reference: str, source: str, local: Path) -> None:
+def _fetch_text_encoder(key: str, reference: str, source: str, local: Path) -> None:
     from genmodels.text.encoder import fetch_pretrained
 
     try:
         fetch_pretrained(source, local)
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())[:300]
-        raise BadRequest(f"objective.text_encoder.path={reference}: {message}") from None
+        raise BadRequest(f"{key}={reference}: {message}") from None
 
 
-def _resolve_all(references: dict[str, str], config: TrainConfig) -> Iterator[tuple[str, Path]]:
-    """Models by key of the configuration. "preset:NAME" trains that preset first, where its run is not finished yet.
+def _resolve_all(models: dict[str, str], config: TrainConfig) -> Iterator[tuple[str, Path]]:
+    """References in the configuration, each once, and the folders of the models that they lead to.
 
-    These come last: what is wrong with the others, or with a preset's name, is said before anything is trained.
+    "preset:NAME" (or "preset:NAME/MEMBER") trains that preset first, where its run is not finished yet. These come
+    last: what is wrong with the others, or with a preset's name, is said before anything is trained.
     """
     given = {"run.root": config.run.root, "tracking.uri": config.tracking.uri}
     assignments = [f"{key}={value}" for key, value in given.items() if value is not None]
     assignments.append(f"tracking.experiment={config.tracking.experiment}")
-    presets = {key: text.removeprefix("preset:") for key, text in references.items() if text.startswith("preset:")}
+    keys: dict[str, str] = {}
+    for key, reference in models.items():
+        keys.setdefault(reference, key)
+    parts = {text: text.removeprefix("preset:").partition("/") for text in keys if text.startswith("preset:")}
+    presets = {name: load_config(name, assignments) for name, _, _ in parts.values()}
     # The trainings share the Ray that the first one starts, so it has to be large enough for each.
-    room = max(local_cpus(each) for each in [config, *(load_config(name, assignments) for name in presets.values())])
-    for key, reference in references.items():
-        if key not in presets:
-            yield key, _resolve(key, reference, config)
-    for key, preset in presets.items():
+    room = max(local_cpus(each) for each in [config, *presets.values()])
+    for text, key in keys.items():
+        if text not in parts:
+            yield text, _resolve(key, text, config)
+    for name in presets:
         from pipelines.training.launch import train
 
-        export = train(load_config(preset, [*assignments, f"workers.local_cpus={room}"]))["export"]
-        yield key, _resolve(key, export, config)
+        export = train(load_config(name, [*assignments, f"workers.local_cpus={room}"]))["export"]
+        for text, (wanted, _, member) in parts.items():
+            if wanted == name:
+                yield text, _resolve(keys[text], storage.join(export, member) if member else export, config)
 
 
 def _resolve(key: str, reference: str, config: TrainConfig) -> Path:

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from genmodels.families import build_objective, objective_class
+from genmodels.families import objective_class
 from infra import storage, tracking
 from infra.errors import BadRequest, RunFailed
 from pipelines.data.index import DatasetIndex, load_index
@@ -26,7 +26,7 @@ from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, flatten
-from pipelines.training.export import export_run
+from pipelines.training.export import export_run, initial_objective
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
@@ -107,10 +107,7 @@ def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
     if size > _CHECKED_PARAMETERS:
         return
     try:
-        objective = build_objective(config.objective, inputs)
-        check_phases(config, objective)
-        if (inputs / "init").is_dir():
-            objective.load_weights(inputs / "init")
+        check_phases(config, initial_objective(config, inputs))
     except ValueError as error:
         raise BadRequest(" ".join(str(error).split())) from None
 

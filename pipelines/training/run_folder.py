@@ -5,6 +5,7 @@ RUN_ROOT/NAME/config.json     the resolved configuration, as of the last launch
               inputs/         what the objective needs from elsewhere: autoencoder/, tokenizer/, …
               index/          indexes of read-only datasets
               checkpoints/    see checkpoint.py
+              averages/       averages of the weights, stored now and then, where ema.lengths asks for them
               quarantine/     bad samples, as JSON lines
               audit/          every sample seen, where run.audit is on
               export/STEP/    what others open
@@ -41,6 +42,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> str:
         return self.path("checkpoints")
+
+    @property
+    def averages(self) -> str:
+        return self.path("averages")
 
     @property
     def inputs(self) -> str:

@@ -23,7 +23,7 @@ from pipelines.data.seeds import mix
 from pipelines.training.checkpoint import NetworkState, Snapshot, restore, take_snapshot
 from pipelines.training.config import TrainConfig
 from pipelines.training.ema import Ema
-from pipelines.training.engine import make_engine
+from pipelines.training.engine import freeze, make_engine
 from pipelines.training.metrics import MeanLog, Throughput
 from pipelines.training.schedule import learning_rate
 
@@ -40,6 +40,8 @@ class Hooks(Protocol):
 
 def check_phases(config: TrainConfig, objective: Objective) -> None:
     """Refuse what would train wrongly in silence. Raises ValueError with the reason."""
+    for name, module in objective.networks.items():
+        freeze(module, config.optimizer_of(name).freeze, name, objective.trained.get(name, ["*"]))
     for phase in objective.phases:
         engine = config.engine_of(phase.network)
         if phase.couples_samples and config.accumulation > 1:
@@ -70,7 +72,6 @@ class Trainer:
         self.precision = _same_on_all_ranks(resolve_precision(config.precision.compute, device))
         self.networks: dict[str, NetworkState] = {}
         for name, module in objective.networks.items():
-            module.requires_grad_(True)
             if config.precision.activation_checkpointing:
                 _checkpoint_activations(module)
             if config.precision.compile:
@@ -85,6 +86,7 @@ class Trainer:
         self.skipped_steps = 0  # updates since the run began that were skipped, of any network
         self.last: dict[str, float] = {}  # learning rate and gradient norm of the latest update
         self.phase: Phase | None = None  # for the message when something fails
+        self.phase_seconds: dict[str, float] = dict.fromkeys(objective.networks, 0.0)  # spent since this start
 
     def fit(self, batches: Iterator[RankBatch], start: int, hooks: Hooks) -> None:
         """Train from step `start` to the end. `batches` yields this rank's share of each step, in order."""
@@ -103,18 +105,24 @@ class Trainer:
         """One step: every phase that runs at it, over all micro-batches."""
         torch.manual_seed(mix(self.config.run.seed, step, self.rank).item() >> 1)  # for layers that draw themselves
         micro_batches = self.split(batch, step)
+        with torch.no_grad(), self.autocast():
+            for micro_batch in micro_batches:
+                self.objective.prepare(micro_batch)
         for network in self.objective.networks.values():
             network.train()
         for phase in self.objective.phases:
             if phase.runs_at(step):
+                began = time.perf_counter()
                 self._run(phase, step, micro_batches)
+                self.phase_seconds[phase.network] += time.perf_counter() - began
         self.phase = None
 
     def _run(self, phase: Phase, step: int, micro_batches: list[Batch]) -> None:
         self.phase = phase
         # Frozen, not only zeroed: a gradient left on another network would leak into its next step.
-        for name, network in self.objective.networks.items():
-            network.requires_grad_(name == phase.network)
+        for name, other in self.networks.items():
+            for _, parameter in other.engine.named:
+                parameter.requires_grad_(name == phase.network)
         state = self.networks[phase.network]
         for number, micro_batch in enumerate(micro_batches):
             with self.autocast():
@@ -208,6 +216,10 @@ class Trainer:
             "precision": self.precision,
         }
         return take_snapshot(step, self.networks, own, facts)
+
+    def averages(self, step: int) -> Snapshot:
+        """A copy of the averaged weights alone."""
+        return take_snapshot(step, self.networks, {}, {}, averages_only=True)
 
     def restore(self, checkpoint: Any) -> int:
         """Take over a checkpoint's state; returns the step to go on with. Collective."""

@@ -12,7 +12,6 @@ from typing import Any
 import psutil
 import torch
 
-from genmodels.families import build_objective
 from infra import storage
 from infra.errors import BadRequest
 from infra.tracking import RunLogger
@@ -24,6 +23,7 @@ from pipelines.data.stream import training_batches
 from pipelines.training.board import NETWORK_WORDS
 from pipelines.training.checkpoint import newest_verified
 from pipelines.training.config import TrainConfig
+from pipelines.training.export import initial_objective
 from pipelines.training.hooks import Audit, RunHooks, checked, training_device
 from pipelines.training.inputs import local_inputs, sample_spec
 from pipelines.training.run_folder import RunFolder
@@ -105,10 +105,7 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         train_index, config.run.seed, config.data.lanes, config.data.global_batch_size, config.data.slots_per_lane
     )
 
-    torch.manual_seed(config.run.seed)  # the same fresh weights on every rank
-    objective = build_objective(config.objective, inputs)
-    if (inputs / "init").is_dir():
-        objective.load_weights(inputs / "init")
+    objective = initial_objective(config, inputs)  # the same on every rank
     for network in (*objective.networks.values(), *objective.frozen.values()):
         network.to(device)
     position.trainer = trainer = Trainer(config, objective, device, rank)

@@ -34,7 +34,7 @@ def gradients(objective, batch):
 
 
 def rows(batch, part):
-    return {k: v if k == "step" else v[part] for k, v in batch.items()}
+    return {k: v if k == "step" else v[part] for k, v in batch.items() if k != "once"}
 
 
 def test_every_parameter_is_trained_and_the_frozen_autoencoder_is_not(objective, batch):

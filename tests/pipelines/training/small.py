@@ -54,7 +54,7 @@ def training_config(kind: str = "deepspeed", stage: int = 1, world_size: int = 2
         "objective": tiny.diffusion_config().model_dump(),
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5, "max_grad_norm": 0.5},
         "engine": {"kind": kind, "zero_stage": stage, "persistence_threshold": 0, "bucket_elements": 5000},
-        "ema": {"decay": 0.9},
+        "ema": {"decay": 0.9, "lengths": [0.05, 0.1]},
         "workers": {"count": world_size},
     }
     for key, value in changes.items():

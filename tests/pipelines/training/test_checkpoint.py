@@ -10,9 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from genmodels.power_ema import exponent, share_of_new
 from infra import storage
+from infra.errors import BadRequest
 from pipelines.training import checkpoint as checkpoints
 from pipelines.training.checkpoint import Checkpoint, assemble, commit_snapshot, list_checkpoints, newest_verified
+from pipelines.training.engine import full_parameters
+from pipelines.training.export import power_averages
+from pipelines.training.run_folder import RunFolder
 from tests.genmodels import tiny
 from tests.pipelines.training.small import make_trainer, train_steps, training_config
 from tests.processes import on_ranks
@@ -28,7 +33,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def everything(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All state of a checkpoint in one dictionary of whole tensors."""
     state = {f"own {key}": value for key, value in checkpoint.objective_state().items()}
-    for what in ("param", "exp_avg", "exp_avg_sq", "ema"):
+    for what in ("param", "exp_avg", "exp_avg_sq", "ema", "ema-0.05", "ema-0.1"):
         for network, tensors in assemble(checkpoint, what).items():
             state |= {f"{what} {network} {name}": tensor for name, tensor in tensors.items()}
     for network, described in checkpoint.manifest["networks"].items():
@@ -66,6 +71,43 @@ def test_stop_and_resume_equals_going_straight_through(inputs: Path, tmp_path: P
         ends = [everything(list_checkpoints(f"{folder}-{which}")[0]) for which in ("resumed", "straight")]
         assert len(ends[0]) > 50 or objective == "two networks"
         assert_equal(*ends)
+
+
+def _train_and_average(rank: int, world_size: int, stage: int, inputs: Path, folder: str) -> dict[str, Tensor]:
+    """Train, store averages every four steps; returns the average of length 0.13 that was made at every step."""
+    trainer = make_trainer("latent diffusion", training_config("deepspeed", stage, world_size), inputs, rank)
+    RunFolder(folder).write("config.json", json.loads(trainer.config.model_dump_json()))
+    gamma, average = exponent(0.13), [torch.zeros_like(v) for v in trainer.networks["denoiser"].ema.values]
+    for step in range(1, 25):
+        train_steps(trainer, step - 1, step, rank, world_size, inputs)
+        weights = [fragment.values["param"] for fragment in trainer.networks["denoiser"].engine.fragments()]
+        torch._foreach_lerp_(average, weights, share_of_new(gamma, step))
+        if step % 4 == 0:
+            commit_snapshot(RunFolder(folder).averages, trainer.averages(step))
+    commit_snapshot(RunFolder(folder).checkpoints, trainer.snapshot(24, FACTS))
+    engine = trainer.networks["denoiser"].engine
+    return full_parameters(engine.fragments(), average, engine.named, engine.replicated)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_an_average_of_any_length_is_made_afterwards(inputs: Path, tmp_path: Path, stage: int) -> None:
+    expected = on_ranks(2, _train_and_average, stage, inputs, str(tmp_path))[0]
+    folder = RunFolder(str(tmp_path))
+    (checkpoint,) = list_checkpoints(folder.checkpoints)
+    made, error = power_averages(folder, checkpoint, 0.13)
+    exact, none = power_averages(folder, checkpoint, 0.1)  # one that was stored
+    assert 0 < error < 0.02 and none < 1e-6
+    now, own = assemble(checkpoint, "param")["denoiser"], assemble(checkpoint, "ema-0.1")["denoiser"]
+    assert made["denoiser"].keys() == expected.keys()
+    for name, values in expected.items():
+        far = (now[name] - values).norm()
+        assert (made["denoiser"][name] - values).norm() <= 0.03 * far + 1e-6, name
+        assert torch.allclose(exact["denoiser"][name], own[name], atol=1e-5), name
+    with pytest.raises(BadRequest, match=r"--ema-length: .* from 0\.01 to 0\.28"):
+        power_averages(folder, checkpoint, 0.5)
+    with pytest.raises(BadRequest, match=r"stored no averages .* ema.lengths=\[0.05,0.1\]"):
+        storage.remove(folder.averages)
+        power_averages(folder, checkpoint, 0.13)
 
 
 def test_an_interrupted_or_damaged_attempt_is_passed_over(inputs: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -37,7 +37,7 @@ def refused(*assignments: str, preset: str = "ldm_demo") -> str:
 
 
 # What presets for data of one's own leave to be given.
-GIVEN = {name: ["data.url=s3://bucket/shards"] for name in PRESET_NAMES if not name.endswith("_demo")}
+GIVEN = {name: ["data.url=s3://bucket/shards"] for name in PRESET_NAMES if not name.endswith(("_demo", "_variants"))}
 for _name in ("ldm_256", "sd1", "sd2"):
     GIVEN[_name].append("objective.text_encoder.path=clip")
 
@@ -92,7 +92,7 @@ def test_a_misspelt_key_names_the_close_one():
 
 def test_a_foreign_key_names_what_is_allowed():
     message = refused("ema.half_life=3")
-    assert message == "unknown key ema.half_life (allowed: decay, warmup)"
+    assert message == "unknown key ema.half_life (allowed: decay, lengths, store_every, warmup)"
     assert all(section in refused("zzz.a=1") for section in TrainConfig.model_fields)
 
 
@@ -101,7 +101,14 @@ def test_a_foreign_key_names_what_is_allowed():
     [
         ("objective.denoiser.chanels=[64]", "unknown key objective.denoiser.chanels (did you mean channels?)"),
         ("objective.text_encoder.widht=3", "unknown key objective.text_encoder.widht (did you mean width?)"),
-        ("objective.kind=gan", "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion'"),
+        (
+            "objective.kind=gan",
+            "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'side_by_side'",
+        ),
+        (
+            "objective={kind: side_by_side, members: {a: {kind: autoencoder, chanels: [64]}}}",
+            "unknown key objective.members.a.chanels (did you mean channels?)",
+        ),
         ("engines.denoiser.zero_stag=2", "unknown key engines.denoiser.zero_stag (did you mean zero_stage?)"),
     ],
 )

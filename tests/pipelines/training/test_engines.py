@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from pipelines.training.checkpoint import commit_snapshot, list_checkpoints
 from pipelines.training.deepspeed_engine import DeepSpeedEngine
+from pipelines.training.export import load_objective
 from tests.genmodels import tiny
 from tests.pipelines.training.small import make_trainer, rank_batch, train_steps, training_config
 from tests.processes import on_ranks
@@ -123,3 +125,50 @@ def test_validation_uses_the_averages_and_leaves_the_training_alone(inputs: Path
 def _train_five(rank: int, world_size: int, inputs: Path) -> float:
     trainer = make_trainer("latent diffusion", training_config("torch", 0, world_size), inputs, rank)
     return train_steps(trainer, 0, 5, rank, world_size, inputs)[-1]["loss"]
+
+
+FROZEN = ["backbone.down_blocks.*", "text_encoder.*"]
+
+
+def _train_with_some_frozen(rank: int, world_size: int, inputs: Path, folder: str) -> dict[Any, dict[str, Any]]:
+    """Three steps with a part frozen; then a checkpoint, and the model that is made of it."""
+    results = {}
+    for kind, stage in ENGINES:
+        config = training_config(kind, stage, world_size, optimizer__freeze=FROZEN)
+        trainer = make_trainer("latent diffusion", config, inputs, rank)
+        before = {key: value.clone() for key, value in trainer.objective.networks["denoiser"].state_dict().items()}
+        losses = [entry["loss"] for entry in train_steps(trainer, 0, 3, rank, world_size, inputs)]
+        url = commit_snapshot(f"{folder}/{kind}-{stage}", trainer.snapshot(3, {}))
+        (checkpoint,) = list_checkpoints(f"{folder}/{kind}-{stage}")
+        assert checkpoint.url == url
+        made = load_objective(config, checkpoint, inputs)
+        now = made.networks["denoiser"].state_dict()
+        moved = {} if stage == 3 else {key: not torch.equal(now[key], before[key]) for key in before}
+        with trainer.with_ema():
+            probe = tiny.with_tokens(tiny.batch(4), inputs)
+            drawn = trainer.objective.validate(probe)["loss"].total
+            loaded = made.validate(tiny.with_tokens(tiny.batch(4), inputs))["loss"].total
+        results[kind, stage] = {"losses": losses, "moved": moved, "drawn": float(drawn), "loaded": float(loaded)}
+    return results
+
+
+def test_frozen_parameters_stay_at_every_stage_and_the_rest_trains_as_in_plain_torch(
+    inputs: Path, tmp_path: Path
+) -> None:
+    results = on_ranks(2, _train_with_some_frozen, inputs, str(tmp_path))[0]
+    plain = results["torch", 0]
+    for engine, found in results.items():
+        assert found["losses"] == pytest.approx(plain["losses"], abs=1e-5), engine
+        assert found["drawn"] == pytest.approx(plain["drawn"], abs=1e-4), engine
+        assert found["loaded"] == pytest.approx(found["drawn"], abs=1e-4), engine
+        for name, moved in found["moved"].items():
+            assert moved != name.startswith(("backbone.down_blocks.", "text_encoder.")), (engine, name)
+
+
+def test_a_pattern_that_freezes_nothing_or_everything_is_refused(inputs: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no parameter of 'denoiser' is named like down_blocks\.\*; .* such as backbone"
+    ):
+        make_trainer("latent diffusion", training_config("torch", 0, 1, optimizer__freeze=["down_blocks.*"]), inputs, 0)
+    with pytest.raises(ValueError, match="leaves nothing of 'denoiser' to train"):
+        make_trainer("latent diffusion", training_config("torch", 0, 1, optimizer__freeze=["*"]), inputs, 0)

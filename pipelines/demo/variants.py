@@ -1,0 +1,193 @@
+"""Denoisers, prediction types and regularisers compared: trained side by side on the same batches, judged alike.
+
+make demo-ldm-variants                        the same, with the set-up before it
+python pipelines/demo/variants.py --out out/demo-ldm-variants.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+SOURCES = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(SOURCES))
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.families import members_of
+from infra.errors import BadRequest, main_exit
+from infra.storage import run_root
+from pipelines.demo.evaluation import kept_out_prompts
+from pipelines.demo.run import Stages, check_overrides, prepare
+from pipelines.training.config import load_config
+
+DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 2.0, "sampler": "dpm_solver++"}
+LEAST = 0.6  # of the real digits' consistency: below it, a variant has not learnt
+_SHOWN = 10  # pictures of each variant in the grid
+
+
+def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
+    """Train, draw, judge; returns the figures and writes them to `out`."""
+    began = psutil.Process().create_time()  # of the command, so that imports count
+    root, stages = run_root(), Stages()
+    check_overrides(overrides)
+    autoencoders = load_config("autoencoder_variants", overrides)
+    encoders = load_config("clip_variants", overrides)
+    diffusion = load_config("ldm_variants", overrides)
+    members: dict[str, Any] = members_of(diffusion.objective)
+    size = diffusion.objective.image_size
+    stages.run(
+        "shards",
+        f"python pipelines/prepare_shards.py {root}/data/digits-{size} --demo digits --size {size}",
+        lambda: prepare(root, [autoencoders, encoders, diffusion]),
+    )
+    from pipelines.training.launch import train
+
+    train_ae, train_clip = "python pipelines/train_autoencoder.py", "python pipelines/train_clip.py"
+    stages.run("autoencoders", f"{train_ae} autoencoder_variants", lambda: train(autoencoders))
+    stages.run("text encoder", f"{train_clip} clip_variants", lambda: train(encoders))
+    ldm = stages.run("latent diffusion", "python pipelines/train_ldm.py ldm_variants", lambda: train(diffusion))
+    folders = {name: Path(ldm["export"]) / name for name in members}
+    command = f"python pipelines/evaluate.py {ldm['export']}/MEMBER --count {count}"
+    judged = stages.run("pictures and judgement", command, lambda: judge(folders, count))
+    rows = []
+    for name, member in members.items():
+        figures = {key: value for key, value in judged[name].items() if key != "pictures"}
+        rows.append(
+            {
+                "member": name,
+                **axes(member),
+                "parameters": figures.pop("parameters"),
+                **figures,
+                "validation_loss": ldm["figures"][f"val_{name}/loss"],
+                "seconds": ldm["figures"][f"seconds_{name}-denoiser"],
+                "learnt": figures["consistency_ratio"] >= LEAST,
+                "export": str(folders[name]),
+            }
+        )
+    grid = out.parent / "demo-ldm-variants.png"
+    pictures = {name: judged[name]["pictures"] for name in folders}
+    draw_grid(pictures, kept_out_prompts(count)[1]).save(grid)
+    summary = {
+        "seconds": time.time() - began,
+        "variants": rows,
+        "lowest_consistency_ratio": min(row["consistency_ratio"] for row in rows),
+        "count": count,
+        "steps": ldm["steps"],
+        "grid": str(grid),
+        "mlflow_run_id": ldm["mlflow_run_id"],
+        "tracking_uri": ldm["tracking_uri"],
+        "seconds_by_part": stages.seconds,
+    }
+    out.write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def axes(member: LatentDiffusionConfig) -> dict[str, str]:
+    """What distinguishes a variant: its denoiser, prediction type, and the regulariser of its autoencoder."""
+    regulariser = (member.autoencoder or "").rpartition("/")[2]
+    return {"denoiser": member.denoiser.kind, "prediction_type": member.prediction_type, "regulariser": regulariser}
+
+
+def judge(folders: dict[str, Path], count: int) -> dict[str, dict[str, Any]]:
+    """Figures of each model and the first pictures it drew; one process for each physical core."""
+    jobs = [(name, str(folder), count) for name, folder in folders.items()]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pipelines.demo.variants", "genmodels.diffusion.pipeline"])
+    judged = {}
+    columns = (TextColumn("drawing and judging"), BarColumn(), MofNCompleteColumn())
+    with (
+        context.Pool(psutil.cpu_count(logical=False) or 1) as pool,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+    ):
+        row = bar.add_task("models", total=len(jobs))
+        for name, figures in pool.imap_unordered(_judge_one, jobs):
+            judged[name] = figures
+            bar.advance(row)
+        pool.close()  # ending the processes at once would leak their semaphores
+        pool.join()
+    return judged
+
+
+def _judge_one(job: tuple[str, str, int]) -> tuple[str, dict[str, Any]]:
+    import torch
+
+    from genmodels.diffusion.pipeline import TextToImage
+    from pipelines.demo.evaluation import evaluate_digits
+
+    name, folder, count = job
+    torch.set_num_threads(1)
+    model = TextToImage.from_folder(Path(folder), precision="auto")
+    model.draw(["a red seven on a white background"], [0], **DRAWING)  # the first call is slower than all others
+    found = evaluate_digits(lambda prompts, seeds: model.draw(prompts, seeds, **DRAWING), model.image_size, count)
+    kept = ["consistency", "consistency_real", "consistency_ratio", "consistency_shuffled"]
+    kept += ["coverage", "coverage_ratio", "seconds_per_100"]
+    parameters = sum(p.numel() for p in model.denoiser.parameters())
+    shown = found.pictures[:_SHOWN]
+    return name, {**{key: found.figures[key] for key in kept}, "parameters": parameters, "pictures": shown}
+
+
+def draw_grid(pictures: dict[str, np.ndarray], captions: list[str]) -> Any:
+    """A row for each model: the same sentences from the same seeds."""
+    from pipelines.pictures import grid_png
+
+    titles = []
+    for number, name in enumerate(pictures):
+        last = number == len(pictures) - 1
+        titles += (
+            [f"{name}: {text}" if i == 0 else text for i, text in enumerate(captions[:_SHOWN])]
+            if last
+            else [name if i == 0 else "" for i in range(_SHOWN)]
+        )
+    return grid_png(np.concatenate(list(pictures.values())), titles, columns=_SHOWN)
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print the table."""
+    console, table = Console(soft_wrap=True), Table(title=f"Latent diffusion, {summary['steps']} steps each")
+    for column in ("denoiser", "predicts", "regulariser", "parameters", "consistency", "of real", "coverage"):
+        table.add_column(column, justify="left" if column in ("denoiser", "predicts", "regulariser") else "right")
+    for column in ("of real", "validation loss", "seconds"):
+        table.add_column(column, justify="right")
+    for row in summary["variants"]:
+        table.add_row(
+            row["denoiser"], row["prediction_type"], row["regulariser"], f"{row['parameters']:,}",
+            f"{row['consistency']:.3f}", f"{row['consistency_ratio']:.3f}" + ("" if row["learnt"] else " !"),
+            f"{row['coverage']:.3f}", f"{row['coverage_ratio']:.3f}", f"{row['validation_loss']:.4f}",
+            f"{row['seconds']:.0f}",
+        )  # fmt: skip
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/demo-ldm-variants.json"), help="[%(default)s]")
+    parser.add_argument(
+        "--count", type=int, default=200, help="pictures of each that are judged, a multiple of 20 [200]"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for all trainings")
+    arguments = parser.parse_args()
+    out = arguments.out.absolute()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        kept_out_prompts(arguments.count)
+    except ValueError as error:
+        raise BadRequest(f"--count: {error}") from None
+    summary = run_variants(out, arguments.overrides, arguments.count)
+    show(summary)
+    print(f"\n── done in {summary['seconds']:.0f} s\n   pictures   {summary['grid']}\n   figures    {out}")
+
+
+if __name__ == "__main__":
+    main_exit(main)

@@ -181,6 +181,9 @@ class LatentDiffusionConfig(Section):
         ge=0,
         description="deviation of noise that is the same in all of a channel: helps very dark or bright images",
     )
+    learned_variance: bool = Field(
+        False, description="predict the variance of each step too, for sampler ddpm; of diffusion schedules"
+    )
     train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule")
     timestep_sampling: Literal["power", "logit_normal"] = Field(
         "power",
@@ -218,6 +221,8 @@ class LatentDiffusionConfig(Section):
             raise ValueError("zero_terminal_snr is of diffusion schedules: a flow ends in pure noise, and edm near it")
         if self.noise_schedule == "edm" and self.min_snr_gamma is not None:
             raise ValueError("edm has weights of its own: leave min_snr_gamma out")
+        if self.learned_variance and (self.noise_schedule in ("flow", "edm") or self.zero_terminal_snr):
+            raise ValueError("learned_variance is of diffusion schedules that do not end in pure noise")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction_type v_prediction or sample: pure noise tells no sample"
@@ -243,7 +248,7 @@ def export_layout(config: LatentDiffusionConfig) -> str:
         of_classes = config.classes is not None and len(config.classes) <= DIFFUSERS_DIT_CLASSES
         return "DiTPipeline" if of_classes and config.autoencoder is not None else "own"
     if config.takes_text and config.autoencoder is not None:
-        return "Stable Diffusion"
+        return "own" if config.learned_variance else "Stable Diffusion"
     if not config.conditional and config.autoencoder is None and config.prediction_type not in ("flow", "edm"):
         return "DDPMPipeline"
     return "own"

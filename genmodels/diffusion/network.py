@@ -24,17 +24,21 @@ class ConditionalDenoiser(nn.Module):
     frozen text encoder stays outside, and its output is handed in.
     """
 
-    def __init__(self, backbone: nn.Module, text_encoder: CLIPTextModel | None = None) -> None:
-        """Args: `backbone` is one of diffusers' U-Nets or a `DiT`."""
+    def __init__(
+        self, backbone: nn.Module, text_encoder: CLIPTextModel | None = None, learned_variance: bool = False
+    ) -> None:
+        """Args: `backbone` is one of diffusers' U-Nets or a `DiT`; see `learned_variance.py` for the last."""
         super().__init__()
         self.backbone = backbone
         self.text_encoder = text_encoder
+        self.learned_variance = learned_variance
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Of one sample: (channels, height, width)."""
         config: Any = self.backbone.config
-        return config.out_channels, config.sample_size, config.sample_size
+        channels = config.out_channels // (2 if self.learned_variance else 1)
+        return channels, config.sample_size, config.sample_size
 
     def forward(self, latents: Tensor, timesteps: Tensor, condition: Condition = NOTHING) -> Tensor:
         """Denoise.
@@ -47,7 +51,8 @@ class ConditionalDenoiser(nn.Module):
                 comes with the latents, (batch, extra_channels, height, width).
 
         Returns:
-            The prediction, float32, shaped like the latents.
+            The prediction, float32, shaped like the latents; with a learned variance that comes after it, as many
+            channels again.
         """
         condition = dict(condition)
         if self.text_encoder is not None:
@@ -81,6 +86,7 @@ def build_backbone(
     text_width: int | None = None,
     num_classes: int | None = None,
     extra_channels: int = 0,
+    learned_variance: bool = False,
 ) -> Any:
     """The network for latents (batch, channels, sample_size, sample_size).
 
@@ -90,17 +96,19 @@ def build_backbone(
         text_width: features per token of text; None takes no text.
         num_classes: classes, of which label `num_classes` is none; None takes no labels.
         extra_channels: of what comes with the latents: an image that is told.
+        learned_variance: twice as many channels come out.
 
     Raises:
         ValueError: a DiT's patches do not divide the latents.
     """
+    out_channels = 2 * channels if learned_variance else channels
     if isinstance(config, DiTConfig):
         if sample_size % config.patch_size:
             raise ValueError(f"denoiser.patch_size {config.patch_size} does not divide the latents' side {sample_size}")
         return DiT(
             sample_size,
             channels + extra_channels,
-            channels,
+            out_channels,
             config.patch_size,
             config.width,
             config.depth,
@@ -109,7 +117,7 @@ def build_backbone(
             config.text_attention,
             num_classes,
         )
-    return _build_unet(config, channels, sample_size, text_width, num_classes, extra_channels)
+    return _build_unet(config, channels + extra_channels, out_channels, sample_size, text_width, num_classes)
 
 
 _POOLING_HEAD = 32  # features per head of the pooling of text, at most
@@ -118,16 +126,16 @@ _PLAIN = ("DownBlock2D", "UpBlock2D")
 
 def _build_unet(
     config: UNetConfig,
-    channels: int,
+    in_channels: int,
+    out_channels: int,
     sample_size: int,
     text_width: int | None,
     num_classes: int | None,
-    extra_channels: int,
 ) -> Any:
     common: dict[str, Any] = {
         "sample_size": sample_size,
-        "in_channels": channels + extra_channels,
-        "out_channels": channels,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
         "block_out_channels": tuple(config.channels),
         "layers_per_block": config.layers_per_block,
         "norm_num_groups": config.norm_groups,

@@ -20,8 +20,9 @@ from genmodels.diffusion import lora
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.dit import DiT, load_dit
 from genmodels.diffusion.image_condition import condition_channels, fold, from_image
+from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
-from genmodels.diffusion.noise_schedule import NoiseSchedule
+from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
@@ -118,18 +119,21 @@ class LatentDiffusion(Objective):
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of w ‖prediction − target‖²; w = 0 for quarantined samples, else 1 or the min-SNR weight.
 
-        Logged are `loss`, with these weights, and the plain errors by timestep.
+        A learned variance adds its bound. Logged are the plain errors, all as `loss` and by timestep, and the bound.
         """
         timesteps = self.noise_schedule.timesteps(self._positions(batch["seeds"]))
-        per_sample = self._errors(batch, self.latents(batch), timesteps, self.condition(batch, dropout=True))
-        by_timestep = self._by_timestep(per_sample, timesteps, batch)
+        condition = self.condition(batch, dropout=True)
+        per_sample, bound = self._errors(batch, self.latents(batch), timesteps, condition)
+        logged = {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
         if self.config.min_snr_gamma is not None:
             per_sample = per_sample * self.noise_schedule.min_snr_weight(
                 self.config.prediction_type, timesteps, self.config.min_snr_gamma
             )
+        if bound is not None:
+            logged["variational_bound"] = Mean.of(bound, batch["weight"])
+            per_sample = per_sample + BOUND_WEIGHT * self.config.train_timesteps * bound
         # The mean is over slots, not over Σw: it weighs a sample the same at every world size.
-        loss = (batch["weight"] * per_sample).mean()
-        return PhaseLoss(loss, {"loss": Mean.of(per_sample, batch["weight"]), **by_timestep})
+        return PhaseLoss((batch["weight"] * per_sample).mean(), logged)
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The loss with no caption dropped, each sample at one timestep in each quarter of the schedule."""
@@ -138,7 +142,7 @@ class LatentDiffusion(Objective):
         parts = []
         for quarter in range(TIMESTEP_BINS):
             timesteps = self.noise_schedule.timesteps((quarter + position) / TIMESTEP_BINS)
-            per_sample = self._errors(batch, latents, timesteps, condition)
+            per_sample, _ = self._errors(batch, latents, timesteps, condition)
             parts.append(
                 {"loss": Mean.of(per_sample, batch["weight"]), **self._by_timestep(per_sample, timesteps, batch)}
             )
@@ -306,6 +310,7 @@ class LatentDiffusion(Objective):
             zero_terminal_snr=self.config.zero_terminal_snr,
             flow_shift=self.config.flow_shift,
             sigma_data=self.config.sigma_data,
+            learned_variance=self.config.learned_variance,
         )
 
     def _positions(self, seeds: Tensor) -> Tensor:
@@ -319,15 +324,24 @@ class LatentDiffusion(Objective):
             return torch.sigmoid(config.logit_mean + config.logit_std * normal)
         return random.uniform(seeds, (), "timesteps") ** (1 / config.timestep_bias)
 
-    def _errors(self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
-        """Mean squared error of each sample's prediction, float32 (batch,)."""
+    def _errors(
+        self, batch: Batch, latents: Tensor, timesteps: Tensor, condition: Condition
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean squared error of each sample's prediction, float32 (batch,); and the bound of a learned variance."""
         noise = random.normal(batch["seeds"], latents.shape[1:], "noise")
         if self.config.offset_noise > 0:
             offset = random.normal(batch["seeds"], (latents.shape[1], 1, 1), "offset")
             noise = noise + self.config.offset_noise * offset
         noisy = self.noise_schedule.q_sample(latents, timesteps, noise)
         target = self.noise_schedule.target(self.config.prediction_type, latents, noise, timesteps)
-        return (self.denoiser(noisy, timesteps, condition) - target).square().flatten(1).mean(1)
+        prediction, bound = self.denoiser(noisy, timesteps, condition), None
+        if isinstance(self.noise_schedule, DiffusionSchedule) and self.config.learned_variance:
+            prediction, variance = prediction.chunk(2, dim=1)
+            kind = self.config.prediction_type
+            bound = variational_bound(
+                self.noise_schedule, kind, prediction.detach(), variance, latents, noisy, timesteps
+            )
+        return (prediction - target).square().flatten(1).mean(1), bound
 
     def _by_timestep(self, per_sample: Tensor, timesteps: Tensor, batch: Batch) -> dict[str, Mean]:
         bins = (self.noise_schedule.position(timesteps) * TIMESTEP_BINS).long().clamp(max=TIMESTEP_BINS - 1)
@@ -365,10 +379,10 @@ def build_denoiser(
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     classes = None if config.classes is None else len(config.classes)
     extra = 0 if config.image_condition is None else condition_channels(config.image_condition, factor)
-    backbone = build_backbone(config.denoiser, channels, size, width, classes, extra)
+    backbone = build_backbone(config.denoiser, channels, size, width, classes, extra, config.learned_variance)
     if config.lora is not None:
         lora.add_adapters(backbone, config.lora)
-    return ConditionalDenoiser(backbone, text_encoder)
+    return ConditionalDenoiser(backbone, text_encoder, config.learned_variance)
 
 
 def _required(inputs: Path | None, name: str) -> Path:

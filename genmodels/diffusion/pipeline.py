@@ -90,7 +90,9 @@ class TextToImage:
         if (folder / "vae").is_dir():
             autoencoder = LatentCodec.from_folder(folder / "vae").to(device)
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
-        denoiser = ConditionalDenoiser(backbone, text_encoder).to(device).eval()
+        channels = 3 if autoencoder is None else autoencoder.channels
+        learned_variance = backbone.config.out_channels == 2 * channels
+        denoiser = ConditionalDenoiser(backbone, text_encoder, learned_variance).to(device).eval()
         told = TypeAdapter(ImageConditionConfig | None).validate_python(image_condition(folder))
         return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes, told)
 

@@ -75,6 +75,7 @@ def sampler_settings(
     zero_terminal_snr: bool = False,
     flow_shift: float = 1.0,
     sigma_data: float = 1.0,
+    learned_variance: bool = False,
 ) -> dict[str, Any]:
     """The settings that training fixes, as diffusers names them; a model's export and our own sampling share them.
 
@@ -93,7 +94,7 @@ def sampler_settings(
         }
     name, first, last = SCHEDULES[noise_schedule]
     spacing = "leading" if (prediction_type, noise_schedule) == ("epsilon", "cosine") else "trailing"
-    return {
+    settings = {
         "num_train_timesteps": train_timesteps,
         "beta_schedule": name,
         "beta_start": first,
@@ -105,6 +106,7 @@ def sampler_settings(
         "clip_sample": clip,
         "rescale_betas_zero_snr": zero_terminal_snr,
     }
+    return {**settings, "variance_type": "learned_range"} if learned_variance else settings
 
 
 def make_sampler(name: SamplerName, settings: dict[str, Any], eta: float = 0.0) -> Any:
@@ -125,6 +127,8 @@ def make_sampler(name: SamplerName, settings: dict[str, Any], eta: float = 0.0) 
         raise ValueError(f"eta is {eta} with sampler {name}: only ddim takes one, from 0 to 1")
     flow, edm = settings.get("prediction_type") == "flow_prediction", "sigma_data" in settings
     known = {key: value for key, value in settings.items() if not key.startswith("_")}
+    if name != "ddpm":
+        known.pop("variance_type", None)  # `sample` leaves it out, and diffusers' DPM-Solver would by itself
     if name == "dpm_solver++" and not edm:
         known |= {"algorithm_type": "dpmsolver++", "solver_order": 2}
     elif flow:
@@ -195,7 +199,10 @@ def guided(
         if not both or guidance.scale == 1 or not low <= position(float(timesteps[0])) <= high:
             return denoise(latents, timesteps, condition)
         doubled = denoise(torch.cat([latents, latents]), torch.cat([timesteps, timesteps]), both)
-        return guidance.combine(*doubled.chunk(2))
+        without, told = doubled.chunk(2)
+        channels = latents.shape[1]
+        # A variance that comes after the prediction is not steered: it is the conditional model's.
+        return torch.cat([guidance.combine(without[:, :channels], told[:, :channels]), told[:, channels:]], dim=1)
 
     return denoise_guided
 
@@ -251,6 +258,8 @@ def sample(
     for index, timestep in enumerate(sampler.timesteps):
         scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
         prediction = denoise(scaled, timestep.expand(len(seeds)), condition).float()
+        if sampler.config.get("variance_type") != "learned_range":
+            prediction = prediction[:, : latents.shape[1]]
         latents = sampler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         if on_step is not None:
             on_step((index + 1) * num_steps / len(sampler.timesteps))
@@ -296,6 +305,7 @@ def invert(
         for _ in range(iterations):
             scaled = latents * sampler.scale(timestep) if isinstance(sampler, EdmSampler) else latents
             prediction = denoise(scaled.float(), timestep.expand(len(latents)), condition).float()
+            prediction = prediction[:, : latents.shape[1]]
             if gain > 1e-3:
                 latents = ((end - share * prediction) / gain).float()
             else:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -22,6 +22,9 @@ from genmodels.power_ema import exponent
 from infra.errors import BadRequest
 from infra.storage import is_remote, run_root
 from pipelines.training.explain import explain
+
+if TYPE_CHECKING:
+    from torch import nn
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -366,12 +369,20 @@ def load_config(preset: str, assignments: list[str]) -> TrainConfig:
     return config
 
 
+def abstract_networks(config: TrainConfig) -> dict[str, nn.Module]:
+    """The networks that are trained, on the meta device. Raises BadRequest where their parts do not fit."""
+    try:
+        return objective_class(config.objective.kind).abstract_networks(config.objective)
+    except ValueError as error:
+        raise BadRequest(f"objective: {' '.join(str(error).split())}") from None
+
+
 def check_networks(config: TrainConfig) -> None:
     """Raises BadRequest where `engines` or `optimizers` names a network that the objective does not have."""
     sections: dict[str, Mapping[str, Section]] = {"engines": config.engines, "optimizers": config.optimizers}
     if not any(sections.values()):
         return
-    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
+    networks = abstract_networks(config)
     for section, chosen in sections.items():
         for name in chosen.keys() - networks.keys():
             raise BadRequest(f"{section}.{name}: there is no such network in the objective, only {', '.join(networks)}")

@@ -9,10 +9,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from genmodels.families import objective_class
 from infra.errors import BadRequest
 from pipelines.data.index import load_index
-from pipelines.training.config import TrainConfig
+from pipelines.training.config import TrainConfig, abstract_networks
 from pipelines.training.run_folder import RunFolder
 
 _FLOAT = 4  # bytes of fp32: weights, gradients, moments and averages
@@ -33,7 +32,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     """Print the resolved run and return it as JSON."""
     console = Console(soft_wrap=True)
     console.print(yaml.safe_dump(json.loads(config.model_dump_json()), sort_keys=False), markup=False, highlight=False)
-    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
+    networks = abstract_networks(config)
     parameters = {name: sum(p.numel() for p in module.parameters()) for name, module in networks.items()}
     world_size = config.workers.count
     table = Table(title=f"State of one of {world_size} workers, MiB (activations not counted)")

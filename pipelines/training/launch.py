@@ -16,7 +16,6 @@ from typing import Any
 
 import yaml
 
-from genmodels.families import objective_class
 from infra import storage, tracking
 from infra.errors import BadRequest, RunFailed
 from pipelines.data.index import DatasetIndex, load_index
@@ -25,7 +24,7 @@ from pipelines.data.prepare import digits_complete, write_digits
 from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.config import TrainConfig, flatten
+from pipelines.training.config import TrainConfig, abstract_networks, flatten
 from pipelines.training.export import export_run, initial_objective
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
@@ -102,7 +101,7 @@ def _check_continuation(config: TrainConfig, newest: Checkpoint | None, index: D
 def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
     """Build the objective once here, unless it is large, so that what does not fit is told before a worker starts."""
     inputs = local_inputs(folder)
-    networks = objective_class(config.objective.kind).abstract_networks(config.objective)
+    networks = abstract_networks(config)
     size = sum(p.numel() for module in networks.values() for p in module.parameters())
     if size > _CHECKED_PARAMETERS:
         return

@@ -24,6 +24,9 @@ Batch = dict[str, Any]
 - `keys`      list of `shard/key`
 - `captions`  list of str
 - `token_ids` int64 (batch, length), where the run has a tokenizer
+- `condition_images` float32 like images, where the objective's `image_condition` names a member of the samples
+- `sizes`     int32 (batch, 4), where the objective's `size_conditioning` is on: the image's original height and width,
+  and how many rows and columns were cut off at the top and at the left of the resized image
 """
 
 T = TypeVar("T")

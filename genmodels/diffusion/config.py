@@ -131,7 +131,16 @@ class MaskCondition(_ImageCondition):
     largest: float = Field(0.7, gt=0, le=1, description="largest side of a training rectangle, over the image's")
 
 
-ImageConditionConfig = LowResolutionCondition | BlurCondition | NoiseCondition | EdgeCondition | MaskCondition
+class MemberCondition(_ImageCondition):
+    """Told another image of the sample: a semantic map, a sketch, a depth map."""
+
+    kind: Literal["member"] = "member"
+    member: str = Field("map.png", min_length=1, description="where it is in the shards: the member's suffix")
+
+
+ImageConditionConfig = (
+    MemberCondition | LowResolutionCondition | BlurCondition | NoiseCondition | EdgeCondition | MaskCondition
+)
 
 
 class LatentDiffusionConfig(Section):
@@ -154,7 +163,7 @@ class LatentDiffusionConfig(Section):
         None, description="in place of text: the captions are names of classes, and these are all of them"
     )
     image_condition: Annotated[ImageConditionConfig, Field(discriminator="kind")] | None = Field(
-        None, description="an image that is told too: kind low_resolution, blur, noise, edges or mask"
+        None, description="an image that is told too: kind low_resolution, blur, noise, edges, mask or member"
     )
     prediction_type: PredictionType = Field(
         "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, flow (matching) or edm"

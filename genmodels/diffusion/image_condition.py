@@ -1,11 +1,14 @@
-"""Images as conditions, by concatenation: super-resolution, deblurring, denoising, drawing from edges, inpainting.
+"""Images as conditions, by concatenation: super-resolution, deblurring, denoising, edges, maps, inpainting.
 
 Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models" (CVPR 2022), sections 4.3.2 to 4.5;
 Saharia et al., "Image Super-Resolution via Iterative Refinement" (2021). In training the condition is made from the
-image itself. The denoiser gets all of it, its pixels folded into channels where latents are smaller than images.
+image itself, or is another image of the sample. The denoiser gets all of it, its pixels folded into channels where
+latents are smaller than images.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +21,7 @@ from genmodels.diffusion.config import (
     ImageConditionConfig,
     LowResolutionCondition,
     MaskCondition,
+    MemberCondition,
     NoiseCondition,
 )
 
@@ -33,15 +37,17 @@ def fold(condition: Tensor, factor: int) -> Tensor:
     return pixel_unshuffle(condition, factor)
 
 
-def from_image(config: ImageConditionConfig, images: Tensor, seeds: Tensor) -> Tensor:
-    """What the denoiser is told of `images` in training: (batch, channels, height, width), before `fold`.
+def from_batch(config: ImageConditionConfig, batch: dict[str, Any]) -> Tensor:
+    """What the denoiser is told of the images of a batch: (batch, channels, height, width), before `fold`.
 
     Args:
         config: which condition.
-        images: (batch, 3, height, width) in [-1, 1].
-        seeds: int64 (batch,): noise and masks come from these.
+        batch: of training. Noise and masks come from its `seeds`; kind member takes its `condition_images`.
     """
+    images, seeds = batch["images"], batch["seeds"]
     match config:
+        case MemberCondition():
+            return batch["condition_images"]
         case LowResolutionCondition():
             return upsampled(reduced(images, config.factor), images.shape[-1])
         case BlurCondition():
@@ -59,9 +65,9 @@ def from_given(config: ImageConditionConfig, images: Tensor, masks: Tensor | Non
 
     Args:
         config: which condition.
-        images: low_resolution, blur and noise: what is to be improved; edges: the edges themselves, 1 channel, or an
-            image to find them in, 3 channels; mask: what is to be filled in. (batch, channels, size, size) in [-1, 1];
-            low-resolution ones are smaller.
+        images: low_resolution, blur and noise: what is to be improved; member: the other image; edges: the edges
+            themselves, 1 channel, or an image to find them in, 3 channels; mask: what is to be filled in. (batch,
+            channels, size, size) in [-1, 1]; low-resolution ones are smaller.
         masks: float (batch, 1, size, size) for kind mask: 1 where it is to be filled in.
 
     Raises:

@@ -19,7 +19,7 @@ from genmodels.autoencoder.codec import LatentCodec
 from genmodels.diffusion import lora
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.diffusion.dit import DiT, load_dit
-from genmodels.diffusion.image_condition import condition_channels, fold, from_image
+from genmodels.diffusion.image_condition import condition_channels, fold, from_batch
 from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
@@ -175,7 +175,7 @@ class LatentDiffusion(Objective):
                 lambda: self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids)),
             )
         if self.config.image_condition is not None:
-            image = fold(from_image(self.config.image_condition, batch["images"], seeds), self.factor)
+            image = fold(from_batch(self.config.image_condition, batch), self.factor)
             if dropout and self.config.image_condition.dropout > 0:
                 kept = random.uniform(seeds, (), "image dropout") >= self.config.image_condition.dropout
                 image = image * kept[:, None, None, None]

@@ -23,6 +23,8 @@ class RankBatch(TypedDict):
     reasons: list[str]  # why quarantined; empty for a good sample
     step: int
     token_ids: NotRequired[Tensor]  # int64 (batch, token_length), where the spec has a tokenizer
+    condition_images: NotRequired[Tensor]  # uint8 like images, where the spec names a member
+    sizes: NotRequired[Tensor]  # int32 (batch, 4), where asked for: original height and width, rows and columns cut off
 
 
 def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
@@ -47,4 +49,8 @@ def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
     }
     if spec.tokenizer_json is not None:
         batch["token_ids"] = torch.from_numpy(fixed("token_ids", np.int32, spec.token_length).astype(np.int64))
+    if spec.condition_image is not None:
+        batch["condition_images"] = torch.from_numpy(fixed("condition_image", np.uint8, 3, size, size).copy())
+    if spec.sizes:
+        batch["sizes"] = torch.from_numpy(fixed("size", np.int32, 4).copy())
     return batch

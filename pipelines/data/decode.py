@@ -108,20 +108,35 @@ def open_rgb(data: bytes, image_size: int) -> Image.Image:
         raise BadImage(f"image: {' '.join(str(error).split())[:120] or type(error).__name__}") from error
 
 
+def original_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an image that was decoded, upright."""
+    image = _open(data)
+    turned = int(image.getexif().get(_ORIENTATION, 1)) >= 5
+    return (image.width, image.height) if turned else (image.height, image.width)
+
+
 def decode_image(
-    data: bytes, image_size: int, out: NDArray[np.uint8], place: tuple[float, float] = (0.5, 0.5), flip: bool = False
-) -> None:
+    data: bytes,
+    image_size: int,
+    out: NDArray[np.uint8],
+    place: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    nearest: bool = False,
+) -> tuple[int, int]:
     """Decode, resize the shorter side to `image_size` (bicubic, antialiased), crop a square, and write it to `out`.
 
     `out` is uint8 (3, image_size, image_size); `place` is where the square lies along x and y, 0 to 1, 0.5 the centre;
-    `flip` mirrors left and right. Raises BadImage with the reason.
+    `flip` mirrors left and right; `nearest` takes the nearest pixel, so that no colour is mixed of others. Returns how
+    many pixels of the resized image were cut off at its top and at its left. Raises BadImage with the reason.
     """
     image = open_rgb(data, image_size)
     width, height = image.size
     side = min(width, height)
+    left, top = (width - side) * place[0], (height - side) * place[1]
     if (width, height) != (image_size, image_size):
-        left, top = (width - side) * place[0], (height - side) * place[1]
         box = (left, top, left + side, top + side)
-        image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box)
+        resampling = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+        image = image.resize((image_size, image_size), resampling, box=box)
     pixels = np.asarray(image)
     out[...] = (pixels[:, ::-1] if flip else pixels).transpose(2, 0, 1)
+    return round(top * image_size / side), round(left * image_size / side)

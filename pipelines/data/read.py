@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from infra.storage import open_filesystem
-from pipelines.data.decode import BadImage, decode_image
+from pipelines.data.decode import BadImage, decode_image, original_size
 from pipelines.data.index import DatasetIndex
 from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import DataFailure
@@ -150,11 +150,14 @@ def build_batch(
     """Decode the samples at `slots` (n, 3) into a table of n rows, in order.
 
     Columns: image (3*S*S bytes, channels first), key `shard/key`, caption, weight (0 for a quarantined sample, whose
-    image is zeros), seed, reason ("" for a good one), step, and, with a tokenizer, token_ids (int32 bytes).
+    image is zeros), seed, reason ("" for a good one), step, and what else `spec` asks for: token_ids (int32 bytes),
+    condition_image (like image), size (4 int32 as bytes: original height and width, rows and columns cut off).
     """
     count, size = len(slots), spec.image_size
     images = np.zeros((count, 3, size, size), np.uint8)
     tokens = np.zeros((count, spec.token_length), np.int32) if spec.tokenizer_json is not None else None
+    others = np.zeros_like(images) if spec.condition_image is not None else None
+    sizes = np.zeros((count, 4), np.int32) if spec.sizes else None
     place_x, place_y, flips = (uniform(seeds, purpose) for purpose in ("crop_x", "crop_y", "flip"))
     draws = uniform(seeds, "caption")
     keys, captions, reasons = [], [], []
@@ -170,13 +173,19 @@ def build_batch(
             encoded, reason = spec.choose_image(members)
             try:
                 if encoded is not None:
-                    flip = spec.horizontal_flip and flips[row] < 0.5
-                    decode_image(encoded, size, images[row], place, bool(flip))
+                    flip = bool(spec.horizontal_flip and flips[row] < 0.5)
+                    cut = decode_image(encoded, size, images[row], place, flip)
+                    if sizes is not None:
+                        sizes[row] = (*original_size(encoded), *cut)
+                    if others is not None:
+                        _decode_other(spec, members, encoded, others[row], place, flip)
                     caption = spec.choose_caption(members, draws[row]) if spec.caption else ""
             except (BadImage, BadCaption) as error:
                 reason = str(error)
         if reason:
             images[row] = 0
+            if others is not None:
+                others[row] = 0
         if tokens is not None:
             tokens[row] = spec.tokenize(caption)
         keys.append(f"{index.names[shard]}/{key}".encode("utf-8", "backslashreplace").decode())
@@ -193,7 +202,32 @@ def build_batch(
     }
     if tokens is not None:
         columns["token_ids"] = _fixed_size(tokens)
+    if others is not None:
+        columns["condition_image"] = _fixed_size(others.reshape(count, -1))
+    if sizes is not None:
+        columns["size"] = _fixed_size(sizes)
     return pa.table(columns)
+
+
+def _decode_other(
+    spec: SampleSpec,
+    members: Mapping[str, bytes],
+    encoded: bytes,
+    out: NDArray[np.uint8],
+    place: tuple[float, float],
+    flip: bool,
+) -> None:
+    """Decode the sample's other image to `out`, cut as its image is. Raises BadImage."""
+    name = spec.condition_image or ""
+    if name not in members:
+        raise BadImage(f"{name}: missing")
+    try:
+        decode_image(members[name], spec.image_size, out, place, flip, nearest=True)
+        (height, width), (own_height, own_width) = original_size(encoded), original_size(members[name])
+    except BadImage as error:
+        raise BadImage(f"{name}: {error}") from error
+    if abs(height * own_width - width * own_height) > max(height, width):  # a pixel of rounding
+        raise BadImage(f"{name}: {own_width}x{own_height} has other proportions than the image, {width}x{height}")
 
 
 def _fixed_size(rows: NDArray[np.generic]) -> pa.Array:

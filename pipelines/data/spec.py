@@ -35,6 +35,9 @@ class SampleSpec:
         token_length: tokens per caption; longer captions are cut, shorter ones padded.
         pad_token_id: pads short captions.
         image: the member that holds the image, by suffix; None takes the one that is an image.
+        condition_image: the member that holds another image of the same proportions, which is cut in the same way, by
+            suffix; None reads none. No colours are mixed when it is resized.
+        sizes: whether the original size of each image and the place of its crop are told.
     """
 
     image_size: int
@@ -45,6 +48,8 @@ class SampleSpec:
     token_length: int = 77
     pad_token_id: int = 0
     image: str | None = None
+    condition_image: str | None = None
+    sizes: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < 1:

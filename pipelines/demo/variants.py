@@ -32,8 +32,9 @@ from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.demo.run import Stages, check_overrides, prepare
 from pipelines.training.config import load_config
 
-DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 2.0, "sampler": "dpm_solver++"}
+DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
 LEAST = 0.6  # of the real digits' consistency: below it, a variant has not learnt
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 _SHOWN = 10  # pictures of each variant in the grid
 
 
@@ -44,50 +45,58 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     check_overrides(overrides)
     autoencoders = load_config("autoencoder_variants", overrides)
     encoders = load_config("clip_variants", overrides)
-    diffusion = load_config("ldm_variants", overrides)
-    members: dict[str, Any] = members_of(diffusion.objective)
-    size = diffusion.objective.image_size
+    trainings = {name: load_config(name, overrides) for name in ("ldm_variants", "ldm_variants_longer")}
+    size = encoders.objective.image_size
     stages.run(
         "shards",
         f"python pipelines/prepare_shards.py {root}/data/digits-{size} --demo digits --size {size}",
-        lambda: prepare(root, [autoencoders, encoders, diffusion]),
+        lambda: prepare(root, [autoencoders, encoders, *trainings.values()]),
     )
     from pipelines.training.launch import train
 
     train_ae, train_clip = "python pipelines/train_autoencoder.py", "python pipelines/train_clip.py"
     stages.run("autoencoders", f"{train_ae} autoencoder_variants", lambda: train(autoencoders))
     stages.run("text encoder", f"{train_clip} clip_variants", lambda: train(encoders))
-    ldm = stages.run("latent diffusion", "python pipelines/train_ldm.py ldm_variants", lambda: train(diffusion))
-    folders = {name: Path(ldm["export"]) / name for name in members}
-    command = f"python pipelines/evaluate.py {ldm['export']}/MEMBER --count {count}"
+    trained = {
+        name: stages.run(name, f"python pipelines/train_ldm.py {name}", lambda config=config: train(config))
+        for name, config in trainings.items()
+    }
+    folders = {
+        member: Path(trained[name]["export"]) / member
+        for name, config in trainings.items()
+        for member in members_of(config.objective)
+    }
+    command = f"python pipelines/evaluate.py {root}/ldm-variants/export/STEP/MEMBER --count {count}"
     judged = stages.run("pictures and judgement", command, lambda: judge(folders, count))
     rows = []
-    for name, member in members.items():
-        figures = {key: value for key, value in judged[name].items() if key != "pictures"}
-        rows.append(
-            {
-                "member": name,
-                **axes(member),
-                "parameters": figures.pop("parameters"),
-                **figures,
-                "validation_loss": ldm["figures"][f"val_{name}/loss"],
-                "seconds": ldm["figures"][f"seconds_{name}-denoiser"],
-                "learnt": figures["consistency_ratio"] >= LEAST,
-                "export": str(folders[name]),
-            }
-        )
+    for name, config in trainings.items():
+        figures, members = trained[name]["figures"], members_of(config.objective)
+        for member in members:
+            found = {key: value for key, value in judged[member].items() if key != "pictures"}
+            rows.append(
+                {
+                    "member": member,
+                    **axes(members[member]),
+                    **found,
+                    "learnt": found["consistency_ratio"] >= LEAST,
+                    "validation_loss": figures[f"val_{member}/loss"],
+                    "steps": trained[name]["steps"],
+                    "seconds": figures[f"seconds_{member}-denoiser"],
+                    "export": str(folders[member]),
+                }
+            )
+    rows.sort(key=lambda row: (row["denoiser"] != "unet", PREDICTION_TYPES.index(row["prediction_type"])))
     grid = out.parent / "demo-ldm-variants.png"
-    pictures = {name: judged[name]["pictures"] for name in folders}
+    pictures = {row["member"]: judged[row["member"]]["pictures"] for row in rows}
     draw_grid(pictures, kept_out_prompts(count)[1]).save(grid)
     summary = {
         "seconds": time.time() - began,
         "variants": rows,
         "lowest_consistency_ratio": min(row["consistency_ratio"] for row in rows),
         "count": count,
-        "steps": ldm["steps"],
         "grid": str(grid),
-        "mlflow_run_id": ldm["mlflow_run_id"],
-        "tracking_uri": ldm["tracking_uri"],
+        "mlflow_run_ids": {name: summary["mlflow_run_id"] for name, summary in trained.items()},
+        "tracking_uri": trained["ldm_variants"]["tracking_uri"],
         "seconds_by_part": stages.seconds,
     }
     out.write_text(json.dumps(summary, indent=2) + "\n")
@@ -155,17 +164,17 @@ def draw_grid(pictures: dict[str, np.ndarray], captions: list[str]) -> Any:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the table."""
-    console, table = Console(soft_wrap=True), Table(title=f"Latent diffusion, {summary['steps']} steps each")
+    console, table = Console(soft_wrap=True), Table(title="Latent diffusion of 16×16 digits")
     for column in ("denoiser", "predicts", "regulariser", "parameters", "consistency", "of real", "coverage"):
         table.add_column(column, justify="left" if column in ("denoiser", "predicts", "regulariser") else "right")
-    for column in ("of real", "validation loss", "seconds"):
+    for column in ("of real", "validation loss", "steps", "seconds"):
         table.add_column(column, justify="right")
     for row in summary["variants"]:
         table.add_row(
             row["denoiser"], row["prediction_type"], row["regulariser"], f"{row['parameters']:,}",
             f"{row['consistency']:.3f}", f"{row['consistency_ratio']:.3f}" + ("" if row["learnt"] else " !"),
             f"{row['coverage']:.3f}", f"{row['coverage_ratio']:.3f}", f"{row['validation_loss']:.4f}",
-            f"{row['seconds']:.0f}",
+            str(row["steps"]), f"{row['seconds']:.0f}",
         )  # fmt: skip
     console.print(table)
 

@@ -6,6 +6,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,18 +195,25 @@ def local_inputs(folder: RunFolder) -> Path:
 def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
     """How samples become batches in this run."""
     data = config.data
-    tokenizer = inputs / "tokenizer"
-    if not tokenizer.is_dir():
-        caption = data.caption if getattr(config.objective, "conditional", False) else None
-        return SampleSpec(config.objective.image_size, data.crop, data.horizontal_flip, caption)
-    from genmodels.text.tokenizer import load, tokenizer_json
-
-    loaded = load(tokenizer)
-    return SampleSpec(
+    members = members_of(config.objective).values()
+    told = [condition for member in members if (condition := getattr(member, "image_condition", None)) is not None]
+    spec = SampleSpec(
         config.objective.image_size,
         data.crop,
         data.horizontal_flip,
-        data.caption,
+        data.caption if getattr(config.objective, "conditional", False) else None,
+        condition_image=next((condition.member for condition in told if condition.kind == "member"), None),
+        sizes=any(getattr(member, "size_conditioning", False) for member in members),
+    )
+    tokenizer = inputs / "tokenizer"
+    if not tokenizer.is_dir():
+        return spec
+    from genmodels.text.tokenizer import load, tokenizer_json
+
+    loaded = load(tokenizer)
+    return replace(
+        spec,
+        caption=data.caption,
         tokenizer_json=tokenizer_json(tokenizer),
         token_length=loaded.model_max_length,
         pad_token_id=loaded.pad_token_id,

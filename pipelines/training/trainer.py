@@ -163,7 +163,9 @@ class Trainer:
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
-        moved["images"] = moved["images"].float().div_(127.5).sub_(1.0)
+        for name in ("images", "condition_images"):
+            if name in moved:
+                moved[name] = moved[name].float().div_(127.5).sub_(1.0)
         if self.config.precision.channels_last:
             moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
         moved["step"] = step

@@ -14,8 +14,8 @@ from genmodels.diffusion.image_condition import (
     condition_channels,
     edges,
     fold,
+    from_batch,
     from_given,
-    from_image,
     random_rectangles,
     reduced,
     upsampled,
@@ -42,7 +42,7 @@ def images(count: int = 4) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("factor", [1, 4])
 def test_nothing_of_it_is_lost_in_folding(kind, factor):
-    config, given = config_of(kind), from_image(config_of(kind), images(), torch.arange(4))
+    config, given = config_of(kind), from_batch(config_of(kind), {"images": images(), "seeds": torch.arange(4)})
     folded = fold(given, factor)
     assert folded.shape == (4, condition_channels(config, factor), 16 // factor, 16 // factor)
     assert torch.nn.functional.pixel_shuffle(folded, factor).equal(given)
@@ -74,7 +74,7 @@ def test_masks_are_rectangles_that_depend_on_the_seed_alone():
 @pytest.mark.parametrize("kind", ["low_resolution", "mask"])
 def test_what_is_given_in_drawing_is_what_was_told_in_training(kind):
     config, seeds = config_of(kind, **({"factor": 4} if kind == "low_resolution" else {})), torch.arange(4)
-    told = from_image(config, images(), seeds)
+    told = from_batch(config, {"images": images(), "seeds": seeds})
     if kind == "mask":
         masks = random_rectangles(seeds, 16, config.largest)
         hidden = torch.where(masks.bool(), torch.rand(4, 3, 16, 16), images())  # whatever is under the mask

@@ -37,7 +37,11 @@ def refused(*assignments: str, preset: str = "ldm_demo") -> str:
 
 
 # What presets for data of one's own leave to be given.
-GIVEN = {name: ["data.url=s3://bucket/shards"] for name in PRESET_NAMES if not name.endswith(("_demo", "_variants"))}
+GIVEN = {
+    name: ["data.url=s3://bucket/shards"]
+    for name in PRESET_NAMES
+    if not name.endswith("_demo") and "variants" not in name
+}
 for _name in ("ldm_256", "sd1", "sd2"):
     GIVEN[_name].append("objective.text_encoder.path=clip")
 

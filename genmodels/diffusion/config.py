@@ -165,6 +165,9 @@ class LatentDiffusionConfig(Section):
     image_condition: Annotated[ImageConditionConfig, Field(discriminator="kind")] | None = Field(
         None, description="an image that is told too: kind low_resolution, blur, noise, edges, mask or member"
     )
+    size_conditioning: bool = Field(
+        False, description="tell each image's original size and where it was cropped, for data of many sizes"
+    )
     prediction_type: PredictionType = Field(
         "v_prediction", description="what the denoiser predicts: epsilon, v_prediction, sample, flow (matching) or edm"
     )
@@ -217,8 +220,8 @@ class LatentDiffusionConfig(Section):
         unet = self.denoiser
         if isinstance(unet, UNetConfig) and self.takes_text and unet.resnet_resampling:
             raise ValueError("resnet_resampling is of U-Nets without text")
-        if isinstance(unet, UNetConfig) and not self.takes_text and unet.pooled_text:
-            raise ValueError("pooled_text is of U-Nets with text")
+        if isinstance(unet, UNetConfig) and not self.takes_text and (unet.pooled_text or self.size_conditioning):
+            raise ValueError("pooled_text and size_conditioning are of U-Nets with text")
         if self.classes is not None and self.takes_text:
             raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
         if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
@@ -251,7 +254,7 @@ class LatentDiffusionConfig(Section):
 
 def export_layout(config: LatentDiffusionConfig) -> str:
     """Who opens the export: "Stable Diffusion", "DiTPipeline" or "DDPMPipeline" (all diffusers'), or "own"."""
-    if config.image_condition is not None:
+    if config.image_condition is not None or config.size_conditioning:
         return "own"
     if config.denoiser.kind == "dit":
         of_classes = config.classes is not None and len(config.classes) <= DIFFUSERS_DIT_CLASSES

@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from genmodels.diffusion.config import DIFFUSERS_DIT_CLASSES
 from genmodels.weights import copy_weights
 
+SIZE_FEATURES = 256  # sines and cosines of each of four numbers
+
 
 class Attention(nn.Module):
     """Multi-head attention of tokens to themselves, or to `context`."""
@@ -124,6 +126,7 @@ class DiT(ModelMixin, ConfigMixin):
         heads: attention heads.
         text_width: features per token of text; None takes no text.
         text_attention: "cross" or "joint".
+        size_conditioning: takes features of the image's original size and crop.
         num_classes: classes, whose labels are 0 … num_classes − 1, and `num_classes` for none; None takes no label.
     """
 
@@ -142,6 +145,7 @@ class DiT(ModelMixin, ConfigMixin):
         text_width: int | None = None,
         text_attention: str = "cross",
         num_classes: int | None = None,
+        size_conditioning: bool = False,
     ) -> None:
         super().__init__()
         self.gradient_checkpointing = False
@@ -150,6 +154,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.time = TimestepEmbedding(256, width)
         if num_classes is not None:
             self.classes = nn.Embedding(num_classes + 1, width)
+        if size_conditioning:
+            self.size = TimestepEmbedding(4 * SIZE_FEATURES, width)
         if text_width is not None:
             self.text = nn.Linear(text_width, width)
             self.pooled = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
@@ -172,7 +178,7 @@ class DiT(ModelMixin, ConfigMixin):
         nn.init.xavier_uniform_(self.patches.proj.weight.flatten(1))
         nn.init.zeros_(self.patches.proj.bias)
         for name, module in self.named_modules():
-            if isinstance(module, nn.Embedding) or name.startswith("time.linear"):
+            if isinstance(module, nn.Embedding) or name.startswith(("time.linear", "size.linear")):
                 nn.init.normal_(module.weight, std=0.02)
             elif name.endswith(("modulation", "modulation_out", "cross_attention.to_out")) or module is self.out:
                 nn.init.zeros_(module.weight)
@@ -184,6 +190,7 @@ class DiT(ModelMixin, ConfigMixin):
         timestep: Tensor,
         encoder_hidden_states: Tensor | None = None,
         class_labels: Tensor | None = None,
+        size: Tensor | None = None,
         return_dict: bool = True,
     ) -> Any:
         """Predict from noisy latents.
@@ -193,6 +200,7 @@ class DiT(ModelMixin, ConfigMixin):
             timestep: (batch,).
             encoder_hidden_states: text (batch, length, text_width).
             class_labels: int64 (batch,).
+            size: features of sizes, (batch, 4 · 256).
             return_dict: False returns a tuple.
 
         Returns:
@@ -202,6 +210,8 @@ class DiT(ModelMixin, ConfigMixin):
         conditioning = self.time(self.time_features(timestep).to(tokens.dtype))
         if class_labels is not None:
             conditioning = conditioning + self.classes(class_labels)
+        if size is not None:
+            conditioning = conditioning + self.size(size)
         if encoder_hidden_states is not None:
             text = self.text(encoder_hidden_states)
             conditioning = conditioning + self.pooled(encoder_hidden_states.mean(1))

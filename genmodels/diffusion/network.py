@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from genmodels.diffusion.config import DiTConfig, UNetConfig
-from genmodels.diffusion.dit import DiT
+from genmodels.diffusion.dit import SIZE_FEATURES, DiT
 from genmodels.diffusion.sampler import NOTHING, Condition
 from genmodels.weights import forward_flops
 
@@ -48,7 +49,7 @@ class ConditionalDenoiser(nn.Module):
             timesteps: (batch,).
             condition: "text": token ids int64 (batch, length) where the text encoder is trained along, the frozen
                 encoder's features (batch, length, width) where not; "classes": labels int64 (batch,); "image": what
-                comes with the latents, (batch, extra_channels, height, width).
+                comes with the latents, (batch, extra_channels, height, width); "size": (batch, 4), see `Batch`.
 
         Returns:
             The prediction, float32, shaped like the latents; with a learned variance that comes after it, as many
@@ -67,9 +68,19 @@ class ConditionalDenoiser(nn.Module):
             told["encoder_hidden_states"] = condition["text"].to(dtype)
         if "classes" in condition:
             told["class_labels"] = condition["classes"]
+        if "size" in condition:
+            told["class_labels" if isinstance(self.backbone, UNet2DConditionModel) else "size"] = size_features(
+                condition["size"]
+            ).to(dtype)
         if "image" in condition:
             latents = torch.cat([latents, condition["image"].to(latents.dtype)], dim=1)
         return self.backbone(latents.to(dtype), timesteps, **told).sample.float()
+
+    @property
+    def takes_size(self) -> bool:
+        """Whether it is told the original size and crop of images."""
+        config: Any = self.backbone.config
+        return bool(config.get("size_conditioning") or config.get("class_embed_type") == "projection")
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass instead of keeping them."""
@@ -77,6 +88,17 @@ class ConditionalDenoiser(nn.Module):
         backbone.enable_gradient_checkpointing()
         if self.text_encoder is not None:
             self.text_encoder.gradient_checkpointing_enable()
+
+
+def size_features(sizes: Tensor) -> Tensor:
+    """Sines and cosines of each number of `sizes` (batch, 4): (batch, 4 · 256), float32.
+
+    Podell et al., "SDXL" (ICLR 2024), section 2.2.
+    """
+    features = get_timestep_embedding(
+        sizes.flatten().float(), SIZE_FEATURES, flip_sin_to_cos=True, downscale_freq_shift=0
+    )
+    return features.unflatten(0, sizes.shape).flatten(1)
 
 
 def build_backbone(
@@ -87,6 +109,7 @@ def build_backbone(
     num_classes: int | None = None,
     extra_channels: int = 0,
     learned_variance: bool = False,
+    size_conditioning: bool = False,
 ) -> Any:
     """The network for latents (batch, channels, sample_size, sample_size).
 
@@ -97,6 +120,7 @@ def build_backbone(
         num_classes: classes, of which label `num_classes` is none; None takes no labels.
         extra_channels: of what comes with the latents: an image that is told.
         learned_variance: twice as many channels come out.
+        size_conditioning: takes the features of sizes.
 
     Raises:
         ValueError: a DiT's patches do not divide the latents.
@@ -116,8 +140,10 @@ def build_backbone(
             text_width,
             config.text_attention,
             num_classes,
+            size_conditioning,
         )
-    return _build_unet(config, channels + extra_channels, out_channels, sample_size, text_width, num_classes)
+    in_channels = channels + extra_channels
+    return _build_unet(config, in_channels, out_channels, sample_size, text_width, num_classes, size_conditioning)
 
 
 _POOLING_HEAD = 32  # features per head of the pooling of text, at most
@@ -131,6 +157,7 @@ def _build_unet(
     sample_size: int,
     text_width: int | None,
     num_classes: int | None,
+    size_conditioning: bool,
 ) -> Any:
     common: dict[str, Any] = {
         "sample_size": sample_size,
@@ -165,6 +192,8 @@ def _build_unet(
         attention_head_dim=tuple(heads),
         use_linear_projection=config.linear_projection,
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
+        class_embed_type="projection" if size_conditioning else None,
+        projection_class_embeddings_input_dim=4 * SIZE_FEATURES if size_conditioning else None,
         addition_embed_type="text" if config.pooled_text else None,
         addition_embed_type_num_heads=text_width // gcd(text_width, _POOLING_HEAD),
     )
@@ -191,6 +220,8 @@ def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[in
                 told["text"] = torch.zeros(1, *text_shape, device=device)
             if classes:
                 told["classes"] = timesteps
+            if denoiser.takes_size:
+                told["size"] = torch.zeros(1, 4, device=device)
             config: Any = denoiser.backbone.config
             if config.in_channels > channels:
                 told["image"] = torch.zeros(1, config.in_channels - channels, *sides, device=device)

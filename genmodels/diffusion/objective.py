@@ -174,6 +174,8 @@ class LatentDiffusion(Objective):
                 (token_ids, seeds),
                 lambda: self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids)),
             )
+        if self.config.size_conditioning:
+            told["size"] = batch["sizes"]
         if self.config.image_condition is not None:
             image = fold(from_batch(self.config.image_condition, batch), self.factor)
             if dropout and self.config.image_condition.dropout > 0:
@@ -379,7 +381,9 @@ def build_denoiser(
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     classes = None if config.classes is None else len(config.classes)
     extra = 0 if config.image_condition is None else condition_channels(config.image_condition, factor)
-    backbone = build_backbone(config.denoiser, channels, size, width, classes, extra, config.learned_variance)
+    backbone = build_backbone(
+        config.denoiser, channels, size, width, classes, extra, config.learned_variance, config.size_conditioning
+    )
     if config.lora is not None:
         lora.add_adapters(backbone, config.lora)
     return ConditionalDenoiser(backbone, text_encoder, config.learned_variance)

@@ -179,6 +179,9 @@ class TextToImage:
                 plain = [""] * len(seeds[part])
                 condition |= self._condition(prompts[part])
                 negative |= self._condition(plain if negative_prompts is None else negative_prompts[part])
+            if self.denoiser.takes_size:  # as of an image of this very size
+                size = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=self._device)
+                condition["size"] = size.expand(len(seeds[part]), -1)
             if self.image_condition is not None and images is not None:
                 condition["image"] = self._image(images[part], None if masks is None else masks[part])
                 if self.image_condition.dropout > 0:

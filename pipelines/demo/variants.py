@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from pipelines.training.config import load_config
 
 DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
 LEAST = 0.6  # of the real digits' consistency: below it, a variant has not learnt
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
+CHAINS = (("ldm_variants_kl", "ldm_variants_longer_kl"), ("ldm_variants_vq", "ldm_variants_longer_vq"))
 _SHOWN = 10  # pictures of each variant in the grid
 
 
@@ -45,7 +46,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     check_overrides(overrides)
     autoencoders = load_config("autoencoder_variants", overrides)
     encoders = load_config("clip_variants", overrides)
-    trainings = {name: load_config(name, overrides) for name in ("ldm_variants", "ldm_variants_longer")}
+    trainings = {name: load_config(name, overrides) for chain in CHAINS for name in chain}
     size = encoders.objective.image_size
     stages.run(
         "shards",
@@ -57,38 +58,44 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     train_ae, train_clip = "python pipelines/train_autoencoder.py", "python pipelines/train_clip.py"
     stages.run("autoencoders", f"{train_ae} autoencoder_variants", lambda: train(autoencoders))
     stages.run("text encoder", f"{train_clip} clip_variants", lambda: train(encoders))
-    trained = {
-        name: stages.run(name, f"python pipelines/train_ldm.py {name}", lambda config=config: train(config))
-        for name, config in trainings.items()
-    }
+    commands = " & ".join(" && ".join(f"python pipelines/train_ldm.py {name}" for name in chain) for chain in CHAINS)
+
+    def train_in_turn(chain: tuple[str, ...]) -> dict[str, Any]:
+        return {name: train(trainings[name]) for name in chain}
+
+    def train_all() -> dict[str, Any]:
+        with ThreadPoolExecutor(len(CHAINS)) as threads:  # each training has one core
+            done = list(threads.map(train_in_turn, CHAINS))
+        return {name: summary for part in done for name, summary in part.items()}
+
+    trained = stages.run("latent diffusion", commands, train_all)
     folders = {
-        member: Path(trained[name]["export"]) / member
+        (name, member): Path(trained[name]["export"]) / member
         for name, config in trainings.items()
         for member in members_of(config.objective)
     }
-    command = f"python pipelines/evaluate.py {root}/ldm-variants/export/STEP/MEMBER --count {count}"
+    command = f"python pipelines/evaluate.py {root}/RUN/export/STEP/MEMBER --count {count}"
     judged = stages.run("pictures and judgement", command, lambda: judge(folders, count))
-    rows = []
-    for name, config in trainings.items():
-        figures, members = trained[name]["figures"], members_of(config.objective)
-        for member in members:
-            found = {key: value for key, value in judged[member].items() if key != "pictures"}
-            rows.append(
-                {
-                    "member": member,
-                    **axes(members[member]),
-                    **found,
-                    "learnt": found["consistency_ratio"] >= LEAST,
-                    "validation_loss": figures[f"val_{member}/loss"],
-                    "steps": trained[name]["steps"],
-                    "seconds": figures[f"seconds_{member}-denoiser"],
-                    "export": str(folders[member]),
-                }
-            )
-    rows.sort(key=lambda row: (row["denoiser"] != "unet", PREDICTION_TYPES.index(row["prediction_type"])))
+    rows, pictures = [], {}
+    for (name, member), folder in folders.items():
+        figures, config = trained[name]["figures"], members_of(trainings[name].objective)[member]
+        found = judged[name, member]
+        row = {
+            "member": f"{member}-{axes(config)['regulariser']}",
+            **axes(config),
+            **{key: value for key, value in found.items() if key != "pictures"},
+            "learnt": found["consistency_ratio"] >= LEAST,
+            "validation_loss": figures[f"val_{member}/loss"],
+            "steps": trained[name]["steps"],
+            "seconds": figures[f"seconds_{member}-denoiser"],
+            "export": str(folder),
+        }
+        rows.append(row)
+        pictures[row["member"]] = found["pictures"]
+    order = [f"{d}-{p}-{r}" for d in ("unet", "dit") for p in ("epsilon", "v", "sample", "flow") for r in ("kl", "vq")]
+    rows.sort(key=lambda row: order.index(row["member"]))
     grid = out.parent / "demo-ldm-variants.png"
-    pictures = {row["member"]: judged[row["member"]]["pictures"] for row in rows}
-    draw_grid(pictures, kept_out_prompts(count)[1]).save(grid)
+    draw_grid({name: pictures[name] for name in order}, kept_out_prompts(count)[1]).save(grid)
     summary = {
         "seconds": time.time() - began,
         "variants": rows,
@@ -96,7 +103,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         "count": count,
         "grid": str(grid),
         "mlflow_run_ids": {name: summary["mlflow_run_id"] for name, summary in trained.items()},
-        "tracking_uri": trained["ldm_variants"]["tracking_uri"],
+        "tracking_uri": next(iter(trained.values()))["tracking_uri"],
         "seconds_by_part": stages.seconds,
     }
     out.write_text(json.dumps(summary, indent=2) + "\n")
@@ -109,7 +116,7 @@ def axes(member: LatentDiffusionConfig) -> dict[str, str]:
     return {"denoiser": member.denoiser.kind, "prediction_type": member.prediction_type, "regulariser": regulariser}
 
 
-def judge(folders: dict[str, Path], count: int) -> dict[str, dict[str, Any]]:
+def judge(folders: dict[Any, Path], count: int) -> dict[Any, dict[str, Any]]:
     """Figures of each model and the first pictures it drew; one process for each physical core."""
     jobs = [(name, str(folder), count) for name, folder in folders.items()]
     context = multiprocessing.get_context("forkserver")
@@ -129,7 +136,7 @@ def judge(folders: dict[str, Path], count: int) -> dict[str, dict[str, Any]]:
     return judged
 
 
-def _judge_one(job: tuple[str, str, int]) -> tuple[str, dict[str, Any]]:
+def _judge_one(job: tuple[Any, str, int]) -> tuple[Any, dict[str, Any]]:
     import torch
 
     from genmodels.diffusion.pipeline import TextToImage

@@ -66,6 +66,9 @@ def describe_failure(entry: dict[str, Any]) -> str:
     return f"{where}: {entry['error']}\n{entry['traceback']}"
 
 
+_CONSOLE = Console(soft_wrap=True)  # of all displays: the bars of trainings side by side are drawn together
+
+
 class ProgressDisplay:
     """Shows the board on the terminal until closed: a bar where there is a terminal, else a line now and then."""
 
@@ -91,7 +94,7 @@ class ProgressDisplay:
         return progress, new
 
     def _show(self) -> None:
-        console = Console(soft_wrap=True)
+        console = _CONSOLE
         if not console.is_terminal:
             self._show_lines(console)
             return

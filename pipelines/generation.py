@@ -153,7 +153,9 @@ def _given(model: TextToImage, image: str | None, mask: str | None, count: int) 
         size = (model.given_size, model.given_size)
         try:
             with Image.open(Path(path).expanduser()) as opened:
-                resized = opened.convert(mode).resize(size, Image.Resampling.BICUBIC if mode == "RGB" else 0)
+                mixed = mode == "RGB" and not model.takes_map
+                resampling = Image.Resampling.BICUBIC if mixed else Image.Resampling.NEAREST
+                resized = opened.convert(mode).resize(size, resampling)
         except OSError as error:
             raise BadRequest(f"--{name[:-1]} {path}: cannot be read as an image ({error})") from error
         pixels = np.asarray(resized)

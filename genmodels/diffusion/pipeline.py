@@ -116,6 +116,11 @@ class TextToImage:
         return self.image_condition is not None and self.image_condition.kind == "mask"
 
     @property
+    def takes_map(self) -> bool:
+        """Whether the image that it is told is of another kind, such as a semantic map, whose colours are not mixed."""
+        return self.image_condition is not None and self.image_condition.kind == "member"
+
+    @property
     def conditional(self) -> bool:
         """Whether it draws from prompts: texts, or names of classes."""
         return self.tokenizer is not None or self.classes is not None

@@ -204,3 +204,21 @@ def test_edges_are_followed(tmp_path):
     by_chance = ((wanted & found.roll(1, 0)).sum() / (wanted | found.roll(1, 0)).sum()).item()
     print(f"edges: intersection over union {agreement:.2f}, with another picture's {by_chance:.2f}")
     assert agreement > 0.6 and by_chance < 0.35
+
+
+def test_another_image_of_the_sample_is_told_as_it_is(tmp_path):
+    inputs = tiny.write_inputs(tmp_path / "inputs")
+    objective = build_objective(tiny.diffusion_config(image_condition={"kind": "member", "member": "map.png"}), inputs)
+    batch = tiny.with_tokens(tiny.batch(2), inputs)
+    batch["condition_images"] = torch.rand(2, 3, 16, 16) * 2 - 1
+    told = objective.condition(batch, dropout=False)["image"]
+    assert torch.equal(told, fold(batch["condition_images"], 4))
+    torch.nn.init.normal_(objective.denoiser.backbone.conv_out.weight)
+    other = {**batch, "condition_images": -batch["condition_images"]}
+    assert objective.loss(batch).loss != objective.loss(other).loss
+    objective.export(tmp_path / "out")
+    model = TextToImage.from_folder(tmp_path / "out")
+    assert model.given_size == 16 and not model.takes_mask
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    drawn = model.draw(["a red seven on a white background"] * 2, [1, 1], num_steps=2, images=pixels)
+    assert drawn.shape == (2, 16, 16, 3) and (drawn[0] != drawn[1]).any()

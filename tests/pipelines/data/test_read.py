@@ -15,6 +15,7 @@ from botocore.exceptions import EndpointConnectionError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import pipelines.data.read as read
+from pipelines.data.batch import to_batch
 from pipelines.data.fixed import fixed_batches
 from pipelines.data.index import DatasetIndex, load_index
 from pipelines.data.order import DataOrder
@@ -267,3 +268,62 @@ def test_read_tasks_do_not_import_torch():
     root = Path(__file__).resolve().parents[3]
     code = "import sys, pipelines.data.read; assert 'torch' not in sys.modules and 'mlflow' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def _with_maps(folder, pairs):
+    """A shard of images with a map each, both as arrays."""
+    files = []
+    for number, (image, told) in enumerate(pairs):
+        files += [(f"{number}.png", encode(image)), (f"{number}.txt", b"c")]
+        files += [] if told is None else [(f"{number}.map.png", encode(told))]
+    write_tar(folder / "a.tar", files)
+    return DataOrder(load_index(str(folder), progress=False), 0, 1, 1, 1)
+
+
+def test_another_image_is_cut_as_the_image_is_and_its_colours_are_not_mixed(tmp_path):
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:] = (np.arange(48, dtype=np.uint8) // 2)[None, :, None] * 10
+    order = _with_maps(tmp_path, [(wide, wide)])
+    spec = SampleSpec(8, crop="random", horizontal_flip=True, condition_image="map.png")
+    found = rows(order, spec, 0, 32)
+    assert all(row["weight"] == 1 for row in found) and len({row["condition_image"] for row in found}) > 8
+    for row in found:
+        image, told = (np.frombuffer(row[name], np.uint8).reshape(3, 8, 8) for name in ("image", "condition_image"))
+        assert np.abs(image.astype(int) - told).max() <= 10  # a pixel apart at most
+        assert set(told.flatten().tolist()) <= set(range(0, 240, 10))
+
+
+def test_a_sample_without_its_other_image_or_with_another_shape_is_quarantined(tmp_path):
+    square, wide = np.zeros((8, 8, 3), np.uint8), np.zeros((8, 16, 3), np.uint8)
+    larger = np.zeros((16, 16, 3), np.uint8)
+    order = _with_maps(tmp_path, [(square, None), (square, wide), (square, larger)])
+    spec = SampleSpec(8, condition_image="map.png")
+    found = {row["key"]: row["reason"] for row in rows(order, spec, 0, 3)}
+    assert found == {
+        "a.tar/0": "map.png: missing",
+        "a.tar/1": "map.png: 16x8 has other proportions than the image, 8x8",
+        "a.tar/2": "",
+    }
+
+
+def test_the_original_size_and_the_crop_are_told(tmp_path):
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:] = np.arange(48, dtype=np.uint8)[None, :, None]
+    write_tar(tmp_path / "a.tar", [("a.png", encode(wide)), ("a.txt", b"c")])
+    order = DataOrder(load_index(str(tmp_path), progress=False), 0, 1, 1, 1)
+
+    def told(**changes):
+        for row in rows(order, SampleSpec(8, sizes=True, **changes), 0, 32):
+            yield np.frombuffer(row["size"], np.int32).tolist(), np.frombuffer(row["image"], np.uint8)
+
+    assert all(
+        size == [16, 48, 0, 8] for size, _ in told()
+    )  # resized to 8×24, of which 8 columns are cut off at the left
+    places = set()
+    for (height, width, top, left), image in told(crop="random"):
+        assert (height, width, top) == (16, 48, 0)
+        assert abs(image[0] - 2 * left) <= 2  # the first column that is left shows twice its number
+        places.add(left)
+    assert len(places) > 8 and max(places) <= 16
+    (table,) = read.read_steps(order, SampleSpec(8, sizes=True), 0, 1, 0, 1)
+    assert to_batch(table, SampleSpec(8, sizes=True))["sizes"].tolist() == [[16, 48, 0, 8]]

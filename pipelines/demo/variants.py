@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,7 +30,7 @@ from rich.table import Table
 
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import members_of
-from infra.errors import BadRequest, main_exit
+from infra.errors import BadRequest, RunFailed, main_exit
 from infra.storage import run_root
 from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.demo.run import Stages, check_overrides, prepare
@@ -59,16 +62,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     stages.run("autoencoders", f"{train_ae} autoencoder_variants", lambda: train(autoencoders))
     stages.run("text encoder", f"{train_clip} clip_variants", lambda: train(encoders))
     commands = " & ".join(" && ".join(f"python pipelines/train_ldm.py {name}" for name in chain) for chain in CHAINS)
-
-    def train_in_turn(chain: tuple[str, ...]) -> dict[str, Any]:
-        return {name: train(trainings[name]) for name in chain}
-
-    def train_all() -> dict[str, Any]:
-        with ThreadPoolExecutor(len(CHAINS)) as threads:  # each training has one core
-            done = list(threads.map(train_in_turn, CHAINS))
-        return {name: summary for part in done for name, summary in part.items()}
-
-    trained = stages.run("latent diffusion", commands, train_all)
+    trained = stages.run("latent diffusion", commands, lambda: train_chains(overrides))
     folders = {
         (name, member): Path(trained[name]["export"]) / member
         for name, config in trainings.items()
@@ -108,6 +102,41 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     }
     out.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def train_chains(overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """Train the presets of each chain in turn, the chains at once in processes of their own; the summaries by preset.
+
+    Raises:
+        RunFailed: one of them did not end well; what is wrong is said above.
+    """
+    import ray
+
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # all share the Ray of this process
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    }
+
+    def train_in_turn(chain: tuple[str, ...], folder: Path) -> dict[str, Any]:
+        summaries = {}
+        for name in chain:
+            file = folder / f"{name}.json"
+            command = [sys.executable, str(SOURCES / "pipelines" / "train_ldm.py"), name, *overrides]
+            # Through a pipe, so that they write lines: two bars would write over each other.
+            with subprocess.Popen(
+                [*command, "--summary", str(file)], env=environment, stdout=subprocess.PIPE, text=True
+            ) as training:
+                for line in training.stdout or ():
+                    print(line, end="", flush=True)
+            if training.returncode:
+                raise RunFailed(f"{name} was not trained: what is wrong is said above")
+            summaries[name] = json.loads(file.read_text())
+        return summaries
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(CHAINS)) as threads:
+        done = list(threads.map(train_in_turn, CHAINS, [Path(folder)] * len(CHAINS)))
+    return {name: summary for part in done for name, summary in part.items()}
 
 
 def axes(member: LatentDiffusionConfig) -> dict[str, str]:

@@ -29,10 +29,10 @@ class Ema:
     """
 
     def __init__(self, engine: Engine, config: EmaConfig) -> None:
-        self.engine = engine
         self.config = config
         names = ["ema", *map(power_average, config.lengths)]
-        self.averages = {name: [f.values["param"].clone() for f in engine.fragments()] for name in names}
+        self._weights = [fragment.values["param"] for fragment in engine.fragments()]  # views: they follow the training
+        self.averages = {name: [values.clone() for values in self._weights] for name in names}
         self.values: list[Tensor] = self.averages["ema"]
 
     def decay_at(self, updates: int) -> float:
@@ -44,8 +44,7 @@ class Ema:
     @torch.no_grad()
     def update(self, updates: int) -> None:
         """Take in the weights after update number `updates` (from 0)."""
-        weights = [fragment.values["param"] for fragment in self.engine.fragments()]
-        torch._foreach_lerp_(self.values, weights, 1.0 - self.decay_at(updates))
+        torch._foreach_lerp_(self.values, self._weights, 1.0 - self.decay_at(updates))
         for length in self.config.lengths:
             share = share_of_new(exponent(length), updates + 1)
-            torch._foreach_lerp_(self.averages[power_average(length)], weights, share)
+            torch._foreach_lerp_(self.averages[power_average(length)], self._weights, share)

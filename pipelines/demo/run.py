@@ -45,8 +45,11 @@ class Stages:
         return result
 
 
-def prepare(root: Path, trainings: list[TrainConfig]) -> None:
-    """Draw the shards in a process of its own, and meanwhile forget earlier demos, import what is needed, start Ray."""
+def prepare(root: Path, trainings: list[TrainConfig], at_once: int = 1) -> None:
+    """Draw the shards in a process of its own, and meanwhile forget earlier demos, import what is needed, start Ray.
+
+    Ray gets room for as many of the trainings at once.
+    """
     size = str(trainings[0].objective.image_size)
     command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / f"digits-{size}")]
     with subprocess.Popen([*command, "--demo", "digits", "--size", size, "--overwrite"]) as drawing:
@@ -54,7 +57,9 @@ def prepare(root: Path, trainings: list[TrainConfig]) -> None:
         from pipelines.training import cluster, launch  # noqa: F401
 
         forget_models(root, [config.run.name for config in trainings])
-        cluster.connect(max(trainings, key=cluster.local_cpus))
+        largest = max(trainings, key=cluster.local_cpus)
+        room = {"local_cpus": at_once * cluster.local_cpus(largest)}
+        cluster.connect(largest.model_copy(update={"workers": largest.workers.model_copy(update=room)}))
         for config in trainings:
             for member in members_of(config.objective).values():
                 objective_class(member.kind)

@@ -37,8 +37,15 @@ from pipelines.demo.run import Stages, check_overrides, prepare
 from pipelines.training.config import load_config
 
 DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
+ENCODERS = (("autoencoder_variants",), ("clip_variants",))  # each chain of trainings has one core
+DENOISERS = (("ldm_variants_kl", "ldm_variants_longer_kl"), ("ldm_variants_vq", "ldm_variants_longer_vq"))
+SCRIPTS = {
+    "autoencoder_variants": "train_autoencoder.py",
+    "clip_variants": "train_clip.py",
+    **{name: "train_ldm.py" for chain in DENOISERS for name in chain},
+}
+Chains = tuple[tuple[str, ...], ...]
 LEAST = 0.6  # of the real digits' consistency: below it, a variant has not learnt
-CHAINS = (("ldm_variants_kl", "ldm_variants_longer_kl"), ("ldm_variants_vq", "ldm_variants_longer_vq"))
 _SHOWN = 10  # pictures of each variant in the grid
 
 
@@ -47,32 +54,32 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     began = psutil.Process().create_time()  # of the command, so that imports count
     root, stages = run_root(), Stages()
     check_overrides(overrides)
-    autoencoders = load_config("autoencoder_variants", overrides)
-    encoders = load_config("clip_variants", overrides)
-    trainings = {name: load_config(name, overrides) for chain in CHAINS for name in chain}
-    size = encoders.objective.image_size
+    configs = {name: load_config(name, overrides) for chain in (*ENCODERS, *DENOISERS) for name in chain}
+    size = configs["ldm_variants_kl"].objective.image_size
     stages.run(
         "shards",
         f"python pipelines/prepare_shards.py {root}/data/digits-{size} --demo digits --size {size}",
-        lambda: prepare(root, [autoencoders, encoders, *trainings.values()]),
+        lambda: prepare(root, list(configs.values()), at_once=len(DENOISERS)),
     )
-    from pipelines.training.launch import train
 
-    train_ae, train_clip = "python pipelines/train_autoencoder.py", "python pipelines/train_clip.py"
-    stages.run("autoencoders", f"{train_ae} autoencoder_variants", lambda: train(autoencoders))
-    stages.run("text encoder", f"{train_clip} clip_variants", lambda: train(encoders))
-    commands = " & ".join(" && ".join(f"python pipelines/train_ldm.py {name}" for name in chain) for chain in CHAINS)
-    trained = stages.run("latent diffusion", commands, lambda: train_chains(overrides))
+    def train(stage: str, chains: Chains) -> dict[str, dict[str, Any]]:
+        typed = " & ".join(
+            " && ".join(f"python pipelines/{SCRIPTS[name]} {name}" for name in chain) for chain in chains
+        )
+        return stages.run(stage, typed, lambda: train_chains(chains, overrides))
+
+    train("autoencoders, text encoder", ENCODERS)
+    trained = train("latent diffusion", DENOISERS)
     folders = {
         (name, member): Path(trained[name]["export"]) / member
-        for name, config in trainings.items()
-        for member in members_of(config.objective)
+        for name in trained
+        for member in members_of(configs[name].objective)
     }
     command = f"python pipelines/evaluate.py {root}/RUN/export/STEP/MEMBER --count {count}"
     judged = stages.run("pictures and judgement", command, lambda: judge(folders, count))
     rows, pictures = [], {}
     for (name, member), folder in folders.items():
-        figures, config = trained[name]["figures"], members_of(trainings[name].objective)[member]
+        figures, config = trained[name]["figures"], members_of(configs[name].objective)[member]
         found = judged[name, member]
         row = {
             "member": f"{member}-{axes(config)['regulariser']}",
@@ -104,7 +111,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     return summary
 
 
-def train_chains(overrides: list[str]) -> dict[str, dict[str, Any]]:
+def train_chains(chains: Chains, overrides: list[str]) -> dict[str, dict[str, Any]]:
     """Train the presets of each chain in turn, the chains at once in processes of their own; the summaries by preset.
 
     Raises:
@@ -122,7 +129,7 @@ def train_chains(overrides: list[str]) -> dict[str, dict[str, Any]]:
         summaries = {}
         for name in chain:
             file = folder / f"{name}.json"
-            command = [sys.executable, str(SOURCES / "pipelines" / "train_ldm.py"), name, *overrides]
+            command = [sys.executable, str(SOURCES / "pipelines" / SCRIPTS[name]), name, *overrides]
             # Through a pipe, so that they write lines: two bars would write over each other.
             with subprocess.Popen(
                 [*command, "--summary", str(file)], env=environment, stdout=subprocess.PIPE, text=True
@@ -134,8 +141,8 @@ def train_chains(overrides: list[str]) -> dict[str, dict[str, Any]]:
             summaries[name] = json.loads(file.read_text())
         return summaries
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(CHAINS)) as threads:
-        done = list(threads.map(train_in_turn, CHAINS, [Path(folder)] * len(CHAINS)))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(chains)) as threads:
+        done = list(threads.map(train_in_turn, chains, [Path(folder)] * len(chains)))
     return {name: summary for part in done for name, summary in part.items()}
 
 

@@ -17,6 +17,7 @@ from tests.genmodels import tiny
 
 EDM = {"prediction_type": "edm", "noise_schedule": "edm"}
 FLOW = {"prediction_type": "flow", "noise_schedule": "flow", "flow_shift": 2.0}
+POOLED = {"denoiser": {**tiny.UNET, "pooled_text": True, "scale_shift": True}}
 DIT = {"kind": "dit", "patch_size": 2, "width": 24, "depth": 2, "heads": 3}
 CLASSES = {"classes": ["one", "two", "three"], "text_encoder": {"kind": "none"}}
 PIXELS = {"autoencoder": None, "text_encoder": {"kind": "none"}}
@@ -39,8 +40,8 @@ def exported(inputs, folder, **changes):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}, FLOW, EDM],
-    ids=["v_prediction", "epsilon", "epsilon-cosine", "flow", "edm"],
+    [{}, {"prediction_type": "epsilon"}, {"prediction_type": "epsilon", "noise_schedule": "cosine"}, FLOW, EDM, POOLED],
+    ids=["v_prediction", "epsilon", "epsilon-cosine", "flow", "edm", "pooled text"],
 )
 def test_stable_diffusion_layout(inputs, tmp_path, changes):
     from diffusers import StableDiffusionPipeline

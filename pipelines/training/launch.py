@@ -48,15 +48,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     storage.check_access(root_of(config), write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     index, order = prepare_data(config, folder)
+    if folder.began_as(config) and (result := _finished(config, folder, index)):  # others may read what is finished
+        return result
     with Lease(folder) as lease:
         folder.begin(config)
+        if result := _finished(config, folder, index):
+            return result
         newest = checkpoints.newest_verified(folder.checkpoints)
-        _check_continuation(config, newest, index)
-        complete = newest is not None and newest.finished and newest.step >= config.run.steps
-        result = folder.read("result.json")
-        if newest is not None and complete and result is not None and _is_of(result, newest, config):
-            print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
-            return {**result, "outcome": "already finished"}
+        complete = newest is not None and _is_complete(newest, config)
         prepare_inputs(config, folder, index)
         if not complete:
             _check_objective(config, folder)
@@ -76,6 +75,25 @@ def train(config: TrainConfig) -> dict[str, Any]:
     resumed_from = newest.step if newest is not None else 0
     ended = {"outcome": "trained", "resumed_from": resumed_from, "started": started, "seconds": time.time() - started}
     return {**summary, **ended}
+
+
+def _finished(config: TrainConfig, folder: RunFolder, index: DatasetIndex) -> dict[str, Any] | None:
+    """The summary of a run that is trained and published; None where something is left to do.
+
+    Raises:
+        BadRequest: it cannot be gone on with.
+    """
+    newest = checkpoints.newest_verified(folder.checkpoints)
+    _check_continuation(config, newest, index)
+    result = folder.read("result.json")
+    if newest is None or result is None or not _is_complete(newest, config) or not _is_of(result, newest, config):
+        return None
+    print(f"run {config.run.name!r} is finished: {result['steps']} steps; nothing to do", flush=True)
+    return {**result, "outcome": "already finished"}
+
+
+def _is_complete(newest: Checkpoint, config: TrainConfig) -> bool:
+    return newest.finished and newest.step >= config.run.steps
 
 
 def _is_of(result: dict[str, Any], newest: Checkpoint, config: TrainConfig) -> bool:

@@ -77,13 +77,23 @@ class RunFolder:
             BadRequest: the run began with another configuration; the message shows the difference.
         """
         resolved = json.loads(config.model_dump_json())
-        earlier = self.read("config.json") if storage.exists(self.path("inputs", "complete")) else None
-        if earlier is not None and (different := changes(_complete(earlier), resolved)):
+        if different := self._differences(resolved) or []:
             raise BadRequest(
                 f"run {config.run.name!r} began with another configuration ({'; '.join(different)}): "
                 f"undo that to resume, or start anew with run.name=ANOTHER_NAME"
             )
         self.write("config.json", resolved)
+
+    def began_as(self, config: TrainConfig) -> bool:
+        """Whether the run has begun, and is the one that `config` describes."""
+        return self._differences(json.loads(config.model_dump_json())) == []
+
+    def _differences(self, resolved: dict[str, Any]) -> list[str] | None:
+        """What makes a resolved configuration another run; None where the run has not begun."""
+        if not storage.exists(self.path("inputs", "complete")):
+            return None
+        earlier = self.read("config.json")
+        return None if earlier is None else changes(_complete(earlier), resolved)
 
 
 def root_of(config: TrainConfig) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from filelock import FileLock
+
 from infra import storage
 from infra.errors import BadRequest
 
@@ -73,13 +75,17 @@ def _create_database(path: Path) -> None:
 def open_client(uri: str | None = None) -> MlflowClient:
     """A client for the runs and models of one tracking URI; the first use of a SQLite file creates it (1.5 s)."""
     uri = tracking_uri(uri)
+    alone: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
     if uri.startswith("sqlite:///"):
-        _create_database(Path(uri.removeprefix("sqlite:///")))
+        file = Path(uri.removeprefix("sqlite:///"))
+        _create_database(file)
+        alone = FileLock(f"{file}.lock")  # two processes that fill it at once are in each other's way
     from mlflow.tracking import MlflowClient
 
     for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with alone:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def patiently(call: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:

@@ -238,3 +238,14 @@ def test_trials_that_start_together_share_an_experiment(uri):
         thread.join()
     client = mlflow_store.open_client(uri)
     assert len(ids) == 4 and len({client.get_run(run_id).info.experiment_id for run_id in ids}) == 1
+
+
+def _open(uri: str) -> str:
+    from infra.mlflow_store import open_client
+
+    return str(open_client(uri).get_experiment("0").name)
+
+
+def test_processes_that_create_one_database_at_once_wait_for_each_other(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert pool.map(_open, [f"sqlite:///{tmp_path}/new/mlflow.db"] * 3) == ["Default"] * 3

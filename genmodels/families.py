@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 MemberConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
 
 
+_TAKEN = ("init", "tokenizer", "complete")  # what else is among the inputs of a run
+
+
 class SideBySideConfig(Section):
     """Several models that are trained on the same batches, to be compared: one start, one stream of data."""
 
@@ -35,8 +38,12 @@ class SideBySideConfig(Section):
         if len(set(sizes.values())) > 1:
             raise ValueError(f"members see the same images, so image_size must be the same: {sizes}")
         for name in self.members:
-            if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name):
-                raise ValueError(f"{name!r} cannot name a member: use letters, digits, _ and -")
+            if not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or name in _TAKEN:
+                raise ValueError(f"{name!r} cannot name a member: use letters, digits, _ and -, and none of {_TAKEN}")
+        told = [getattr(member, "image_condition", None) for member in self.members.values()]
+        images = {condition.member for condition in told if condition is not None and condition.kind == "member"}
+        if len(images) > 1:
+            raise ValueError(f"members are told the same image of a sample, not {', '.join(sorted(images))}")
         return self
 
     @property

@@ -114,7 +114,8 @@ class LatentDiffusion(Objective):
     def prepare(self, batch: Batch) -> None:
         """Latents and features of the text."""
         self.latents(batch)
-        self.condition(batch, dropout=True)
+        if self.config.takes_text:
+            self.condition(batch, dropout=True)
 
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of w ‖prediction − target‖²; w = 0 for quarantined samples, else 1 or the min-SNR weight.

@@ -48,13 +48,15 @@ def train(config: TrainConfig) -> dict[str, Any]:
     storage.check_access(root_of(config), write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     index, order = prepare_data(config, folder)
-    if folder.began_as(config) and (result := _finished(config, folder, index)):  # others may read what is finished
+    # What is finished can be read by several trainings at once, and so without the lease.
+    published = storage.exists(folder.path("result.json")) and folder.began_as(config)
+    if published and (result := _finished(config, folder, index, checkpoints.newest_verified(folder.checkpoints))):
         return result
     with Lease(folder) as lease:
         folder.begin(config)
-        if result := _finished(config, folder, index):
-            return result
         newest = checkpoints.newest_verified(folder.checkpoints)
+        if result := _finished(config, folder, index, newest):
+            return result
         complete = newest is not None and _is_complete(newest, config)
         prepare_inputs(config, folder, index)
         if not complete:
@@ -77,13 +79,14 @@ def train(config: TrainConfig) -> dict[str, Any]:
     return {**summary, **ended}
 
 
-def _finished(config: TrainConfig, folder: RunFolder, index: DatasetIndex) -> dict[str, Any] | None:
+def _finished(
+    config: TrainConfig, folder: RunFolder, index: DatasetIndex, newest: Checkpoint | None
+) -> dict[str, Any] | None:
     """The summary of a run that is trained and published; None where something is left to do.
 
     Raises:
         BadRequest: it cannot be gone on with.
     """
-    newest = checkpoints.newest_verified(folder.checkpoints)
     _check_continuation(config, newest, index)
     result = folder.read("result.json")
     if newest is None or result is None or not _is_complete(newest, config) or not _is_of(result, newest, config):

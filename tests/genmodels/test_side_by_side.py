@@ -138,6 +138,13 @@ def test_what_cannot_be_trained_side_by_side_is_refused(inputs):
         config(large=tiny.autoencoder_config(image_size=32))
     with pytest.raises(ValidationError, match="cannot name a member"):
         config(**{"a/b": tiny.autoencoder_config()})
+    with pytest.raises(ValidationError, match="'init' cannot name a member"):
+        config(init=tiny.autoencoder_config())
+    maps = {
+        name: tiny.diffusion_config(image_condition={"kind": "member", "member": name}) for name in ("a.png", "b.png")
+    }
+    with pytest.raises(ValidationError, match=r"the same image of a sample, not a\.png, b\.png"):
+        config(one=maps["a.png"], other=maps["b.png"])
     with pytest.raises(ValueError, match=r"another: .* needs autoencoder/"):
         build_objective(config(another=tiny.diffusion_config()), inputs)
 

@@ -12,6 +12,7 @@ from tests.genmodels import tiny
 from tests.genmodels.diffusion.test_sampler import COMBINATIONS
 
 DEVIATION = 0.5
+PIXELS = {"autoencoder": None, "text_encoder": {"kind": "none"}, "sigma_data": DEVIATION}
 STEPS, BATCH, JUDGED = 400, 256, 40_000
 
 
@@ -49,7 +50,7 @@ def optimal_loss(objective, timesteps):
 
 
 def test_the_optimal_loss_of_epsilon_is_the_closed_form():
-    objective = build_objective(tiny.diffusion_config(autoencoder=None, prediction_type="epsilon"))
+    objective = build_objective(tiny.diffusion_config(**PIXELS, prediction_type="epsilon"))
     timesteps = torch.arange(1000)
     alpha_bar = objective.noise_schedule.alpha_bar
     expected = alpha_bar * DEVIATION**2 / (alpha_bar * DEVIATION**2 + 1 - alpha_bar)
@@ -59,8 +60,7 @@ def test_the_optimal_loss_of_epsilon_is_the_closed_form():
 @pytest.mark.parametrize(("noise_schedule", "prediction_type"), COMBINATIONS)
 def test_a_trained_denoiser_comes_close_to_the_optimal_loss_and_does_not_beat_it(noise_schedule, prediction_type):
     torch.manual_seed(0)
-    settings = {"autoencoder": None, "text_encoder": {"kind": "none"}, "sigma_data": DEVIATION}
-    config = tiny.diffusion_config(**settings, noise_schedule=noise_schedule, prediction_type=prediction_type)
+    config = tiny.diffusion_config(**PIXELS, noise_schedule=noise_schedule, prediction_type=prediction_type)
     objective = build_objective(config)
     objective.denoiser = denoiser = GainByTimestep(objective.noise_schedule)
     optimizer = torch.optim.Adam(denoiser.parameters(), 5e-3)

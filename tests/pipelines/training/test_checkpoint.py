@@ -96,12 +96,12 @@ def test_an_average_of_any_length_is_made_afterwards(inputs: Path, tmp_path: Pat
     (checkpoint,) = list_checkpoints(folder.checkpoints)
     made, error = power_averages(folder, checkpoint, 0.13)
     exact, none = power_averages(folder, checkpoint, 0.1)  # one that was stored
-    assert 0 < error < 0.02 and none < 1e-6
+    assert 0 < error < 0.05 and none < 1e-6
     now, own = assemble(checkpoint, "param")["denoiser"], assemble(checkpoint, "ema-0.1")["denoiser"]
     assert made["denoiser"].keys() == expected.keys()
     for name, values in expected.items():
         far = (now[name] - values).norm()
-        assert (made["denoiser"][name] - values).norm() <= 0.03 * far + 1e-6, name
+        assert (made["denoiser"][name] - values).norm() <= 0.05 * far + 1e-6, name
         assert torch.allclose(exact["denoiser"][name], own[name], atol=1e-5), name
     with pytest.raises(BadRequest, match=r"--ema-length: .* from 0\.01 to 0\.28"):
         power_averages(folder, checkpoint, 0.5)

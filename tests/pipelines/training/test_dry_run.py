@@ -92,4 +92,6 @@ def test_every_network_has_its_row(root, capsys):
 )
 def test_the_export_layout(root, capsys, text_encoder, autoencoder, layout):
     overrides = [f"objective.text_encoder={{kind: {text_encoder}}}", f"objective.autoencoder={autoencoder}"]
+    if text_encoder == "none":
+        overrides.append("objective.denoiser.pooled_text=false")
     assert describe(load_config("ldm_demo", overrides))["layout"] == layout

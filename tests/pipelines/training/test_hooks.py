@@ -34,6 +34,7 @@ class _Trainer:
         self.log, self.throughput, self.device = MeanLog(), Throughput(), torch.device("cpu")
         self.last: dict[str, float] = {}
         self.skipped_steps = 0
+        self.phase_seconds: dict[str, float] = {}
 
     def validate(self, batches: list[RankBatch], step: int) -> dict[str, float]:
         log = MeanLog()

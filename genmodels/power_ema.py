@@ -60,7 +60,7 @@ def combination(
         time: updates at its end.
 
     Returns:
-        Factors (n,), which sum to 1 or nearly, and the relative error of the profile, ‖sum − wanted‖/‖wanted‖.
+        Factors (n,), which sum to 1, and the relative error of the profile, ‖sum − wanted‖/‖wanted‖.
 
     Raises:
         ValueError: `sigma_rel` is out of range.
@@ -69,7 +69,12 @@ def combination(
     wanted = exponent(sigma_rel)
     gram = products(gammas, times, gammas, times)
     towards = products(gammas, times, [wanted], [time])[:, 0]
-    factors: NDArray[np.float64] = np.linalg.lstsq(gram, towards, rcond=None)[0].astype(np.float64)
+    # Least squares under the condition that the factors sum to 1, so that what never moved stays where it is.
+    count = len(stored)
+    bordered = np.ones((count + 1, count + 1))
+    bordered[:count, :count], bordered[count, count] = gram, 0.0
+    solution = np.linalg.lstsq(bordered, np.append(towards, 1.0), rcond=None)[0]
+    factors: NDArray[np.float64] = solution[:count].astype(np.float64)
     square = products([wanted], [time], [wanted], [time])[0, 0]
     missing = square - 2 * factors @ towards + factors @ gram @ factors
     return factors, float(np.sqrt(max(missing, 0.0) / square))

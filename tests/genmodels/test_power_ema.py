@@ -65,7 +65,7 @@ def test_stored_averages_span_others(wanted):
     stored = [(sigma_rel, update) for sigma_rel in made for update in range(64, last + 1, 64)]
     factors, error = combination(stored, wanted, last)
     total = sum(factor * made[sigma_rel][update] for factor, (sigma_rel, update) in zip(factors, stored))
-    assert error < 0.03
+    assert error < 0.03 and factors.sum() == pytest.approx(1.0, abs=1e-9)
     assert total == pytest.approx(averages(wanted)[last], abs=0.1)
     assert abs(averages(wanted)[last] - averages(0.1)[last]) > 1  # which is not near
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,13 +58,11 @@ class ReconstructingVQ(nn.Module):
         """Recompute activations in the backward pass instead of keeping them."""
         self.model.enable_gradient_checkpointing()
 
-    def save(self, folder: Path, scaling_factor: float) -> None:
-        """As a VQModel of diffusers."""
-        config = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
-        theirs: Any = VQModel(**{**config, "scaling_factor": scaling_factor})
+    def save(self, folder: Path, scaling_factor: float, shift: Tensor) -> None:
+        """As a VQModel of diffusers; see `centred` for `shift`."""
         state = {key: value for key, value in self.model.state_dict().items() if not key.startswith("quantize.")}
-        theirs.load_state_dict({**state, "quantize.embedding.weight": self.quantiser.codebook})
-        theirs.save_pretrained(folder, safe_serialization=True)
+        state = centred({**state, "quantize.embedding.weight": self.quantiser.codebook}, shift)
+        _save(VQModel, self.model.config, state, scaling_factor, folder)
 
     def load(self, folder: Path) -> None:
         """From a VQModel folder. Raises ValueError where the weights are missing or have other shapes."""
@@ -105,14 +104,41 @@ class ReconstructingAutoencoder(nn.Module):
         """Recompute activations in the backward pass instead of keeping them."""
         self.model.enable_gradient_checkpointing()
 
-    def save(self, folder: Path, scaling_factor: float) -> None:
-        """As an AutoencoderKL of diffusers."""
-        self.model.register_to_config(scaling_factor=scaling_factor)
-        self.model.save_pretrained(folder, safe_serialization=True)
+    def save(self, folder: Path, scaling_factor: float, shift: Tensor) -> None:
+        """As an AutoencoderKL of diffusers; see `centred` for `shift`."""
+        _save(AutoencoderKL, self.model.config, centred(self.model.state_dict(), shift), scaling_factor, folder)
 
     def load(self, folder: Path) -> None:
         """From an AutoencoderKL folder. Raises ValueError where the weights are missing or have other shapes."""
         load_into(self.model, folder)
+
+
+def centred(state: dict[str, Tensor], shift: Tensor) -> dict[str, Tensor]:
+    """The weights of an autoencoder whose latents are those of `state` minus `shift`, and whose images are the same.
+
+    The two 1×1 convolutions around the latents take the shift in, and so do the codes where there are any: diffusers'
+    pipelines multiply latents by a factor, and know of no shift.
+
+    Args:
+        state: of diffusers' AutoencoderKL or VQModel.
+        shift: (latent channels,).
+    """
+    into, out, codes = "quant_conv.bias", "post_quant_conv", "quantize.embedding.weight"
+    shift = shift.to(state[into].device).double()
+    moved = state[into].double().clone()
+    moved[: len(shift)] -= shift  # of a KL autoencoder the means; log variances follow them
+    bias = state[f"{out}.bias"].double() + state[f"{out}.weight"].flatten(1).double() @ shift
+    changed = {into: moved, f"{out}.bias": bias}
+    if codes in state:
+        changed[codes] = state[codes].double() - shift
+    return {**state, **{name: value.to(state[name].dtype) for name, value in changed.items()}}
+
+
+def _save(kind: Any, config: Mapping[str, Any], state: dict[str, Tensor], scaling_factor: float, folder: Path) -> None:
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    theirs = kind(**{**known, "scaling_factor": scaling_factor})
+    theirs.load_state_dict(state)
+    theirs.save_pretrained(folder, safe_serialization=True)
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:

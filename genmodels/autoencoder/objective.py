@@ -53,6 +53,7 @@ class Autoencoder(Objective):
                 double_backward=adaptive,
             )
         ]
+        self.latent_mean = torch.zeros(config.latent_channels, dtype=torch.float64)
         self.latent_std = torch.ones((), dtype=torch.float64)
         if config.discriminator is not None:
             self.discriminator = PatchDiscriminator(config.discriminator.channels, config.discriminator.layers)
@@ -148,31 +149,39 @@ class Autoencoder(Objective):
 
     @torch.no_grad()
     def finish(self, batches: Iterable[Batch]) -> dict[str, float]:
-        """Measure the deviation of the latents; its inverse becomes the export's `scaling_factor`.
+        """Measure the latents: the mean of each channel, and the deviation from it over all channels.
 
-        Every rank must be given the same batches, so that all keep the same figure.
+        The export's latents have that mean taken off, and the deviation's inverse becomes its `scaling_factor`. Every
+        rank must be given the same batches, so that all keep the same figures.
 
         Raises:
             ValueError: there is no sample in the batches, or all latents are alike.
         """
-        total = square = decibels = torch.zeros((), dtype=torch.float64)
+        channels = self.config.latent_channels
+        total = square = torch.zeros(channels, dtype=torch.float64)
+        decibels = torch.zeros((), dtype=torch.float64)
         values = samples = 0.0
         for batch in batches:
             result = self.reconstruct(batch)
             weight = batch["weight"].double().cpu()
-            latents = result.latents.double().cpu().flatten(1)
-            total = total + (weight[:, None] * latents).sum()
-            square = square + (weight[:, None] * latents.square()).sum()
-            values += float(weight.sum()) * latents.shape[1]
+            latents = result.latents.double().cpu().flatten(2)
+            total = total + (weight[:, None] * latents.sum(2)).sum(0)
+            square = square + (weight[:, None] * latents.square().sum(2)).sum(0)
+            values += float(weight.sum()) * latents.shape[2]
             decibels = decibels + (weight * _decibels(result.images, batch["images"]).double().cpu()).sum()
             samples += float(weight.sum())
         if not samples:
             raise ValueError("the latents' scale cannot be measured: no sample was given")
-        std = (square / values - (total / values) ** 2).sqrt()
+        mean = total / values
+        std = (square / values - mean**2).mean().sqrt()
         if not std > 0:
             raise ValueError(f"the latents' scale cannot be measured: their deviation is {float(std)}")
-        self.latent_std = std
-        return {"latent_std": float(std), "reconstruction_psnr": float(decibels / samples)}
+        self.latent_mean, self.latent_std = mean, std
+        return {
+            "latent_mean_rms": float(mean.square().mean().sqrt()),
+            "latent_std": float(std),
+            "reconstruction_psnr": float(decibels / samples),
+        }
 
     @property
     def scaling_factor(self) -> float:
@@ -180,19 +189,22 @@ class Autoencoder(Objective):
         return 1.0 / float(self.latent_std)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The measured deviation of the latents; 1 before `finish`."""
-        return {"latent_std": self.latent_std}
+        """What was measured of the latents; before `finish`, means of 0 and a deviation of 1."""
+        return {"latent_mean": self.latent_mean, "latent_std": self.latent_std}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.latent_std = state["latent_std"].double().cpu()
+        if "latent_mean" in state:
+            self.latent_mean = state["latent_mean"].double().cpu()
 
     def export(self, folder: Path) -> dict[str, Any]:
-        """A diffusers AutoencoderKL or VQModel folder with the measured scaling factor; opened by `from_pretrained`."""
-        self.autoencoder.save(folder, self.scaling_factor)
+        """A diffusers AutoencoderKL or VQModel folder, opened by `from_pretrained`; its latents are centred."""
+        self.autoencoder.save(folder, self.scaling_factor, self.latent_mean)
         return {
             "layout": type(self.autoencoder.model).__name__,
             "parameters": {name: sum(p.numel() for p in net.parameters()) for name, net in self.networks.items()},
             "scaling_factor": self.scaling_factor,
+            "latent_shift": self.latent_mean.tolist(),
             "factor": self.config.factor,
         }
 

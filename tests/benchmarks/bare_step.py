@@ -1,15 +1,18 @@
 """The same training step in a bare torch loop: the same model, the same batches, AdamW, clipping; nothing else.
 
-python tests/benchmarks/bare_step.py PRESET.yaml INPUTS OUT.json [--channels-last] [--compile] [--bf16]
+python tests/benchmarks/bare_step.py PRESET.yaml INPUTS [--channels-last] [--compile] [--bf16]
+
+Its steps take turns with other processes: see `turns.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import time
-from itertools import islice
+import sys
+from itertools import cycle, islice
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import pyarrow as pa
 import torch
@@ -22,7 +25,7 @@ from pipelines.data.order import DataOrder
 from pipelines.data.read import read_steps
 from pipelines.training.config import load_config
 from pipelines.training.inputs import sample_spec
-from tests.benchmarks.setup import WINDOW
+from tests.benchmarks.turns import taking_turns
 
 DISTINCT_BATCHES = 8
 
@@ -31,7 +34,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset")
     parser.add_argument("inputs", type=Path)
-    parser.add_argument("out", type=Path)
     for name in ("--channels-last", "--compile", "--bf16"):
         parser.add_argument(name, action="store_true")
     arguments = parser.parse_args()
@@ -59,19 +61,13 @@ def main() -> None:
         batch["images"] = batch["images"].float().div_(127.5).sub_(1.0)  # type: ignore[attr-defined]
         batches.append(batch)
 
-    windows, begun = [], time.perf_counter()
-    for step in range(config.run.steps):
+    for step, batch in enumerate(taking_turns(islice(cycle(batches), config.run.steps))):
         optimizer.zero_grad()
         with autocast("bf16" if arguments.bf16 else "fp32", device):
-            loss = objective.phases[0].loss({**batches[step % len(batches)], "step": step}).loss
+            loss = objective.phases[0].loss({**batch, "step": step}).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(denoiser.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % WINDOW == 0:
-            now = time.perf_counter()
-            windows.append((now - begun) / WINDOW)
-            begun = now
-    arguments.out.write_text(json.dumps(windows[1:]))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     make bench
     python tests/benchmarks/run.py --out out/bench.json
 
-Every comparison runs in processes of its own that take turns, with one thread each; given are medians, and the ratio
-within each turn.
+Every comparison runs in processes of its own, with one thread each, that take turns of a few steps; given are medians,
+and the ratio within each turn.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -25,67 +27,70 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from rich.console import Console
 from rich.table import Table
 
-from tests.benchmarks.setup import Ratio, Workbench, read_json
+from tests.benchmarks.setup import SOURCES, Ratio, Workbench, read_json
+from tests.benchmarks.turns import Conductor
 
 LONG, SHORT = 96, 22  # batches whose bare step takes about 1 s and 0.25 s on one core of 2024
-LONG_STEPS, SHORT_STEPS = 20, 60
+LONG_WINDOW, SHORT_WINDOW = 3, 10  # steps of a turn
 GOALS = {"step_overhead": 1.03, "step_overhead_short": 1.10, "step_overhead_full": 1.05, "generate_ratio": 1.02}
-
-
-def training(bench: Workbench, preset: Path, name: str) -> tuple[float, dict[str, Any]]:
-    """Seconds of a step of a real run, the median of its windows after the first; and its summary."""
-    from infra.tracking import metric_history
-
-    summary, begun = bench.folder / f"{name}.json", time.time()
-    bench.call("pipelines/train_ldm.py", str(preset), f"run.name={name}", "--summary", str(summary))
-    facts = read_json(summary)
-    rows = metric_history(facts["tracking_uri"], facts["mlflow_run_id"], ["samples_per_second"])
-    batch = read_json(Path(facts["run_folder"]) / "config.json")["data"]["global_batch_size"]
-    windows = [batch / row["samples_per_second"] for row in rows[1:]]
-    facts["start_seconds"] = {"imports": round(facts["started"] - begun, 3), **facts["start_seconds"]}
-    return statistics.median(windows), facts
-
-
-def bare(bench: Workbench, preset: Path, inputs: Path, *options: str) -> float:
-    out = bench.folder / "bare.json"
-    bench.call("tests/benchmarks/bare_step.py", str(preset), str(inputs), str(out), *options)
-    return statistics.median(read_json(out))
 
 
 def steps(bench: Workbench, rounds: int, show: Any) -> dict[str, Any]:
     """A step through Ray Train and DeepSpeed against a bare one."""
-    plain, full = (bench.preset(LONG, LONG_STEPS, full) for full in (False, True))
-    short = bench.preset(SHORT, SHORT_STEPS, False)
-    seconds: dict[str, list[float]] = {name: [] for name in ("bare", "plain", "full", "bare short", "plain short")}
-    starts, facts = [], {}
-    for turn in range(rounds):
-        show(f"training steps, turn {turn + 1} of {rounds}")
-        for name, preset in (("plain", plain), ("full", full), ("plain short", short)):
-            took, facts = training(bench, preset, f"{name.replace(' ', '-')}-{turn}")
-            seconds[name].append(took)
-            starts.append(facts["start_seconds"])
-        inputs = Path(facts["run_folder"]) / "inputs"
-        seconds["bare"].append(bare(bench, plain, inputs))
-        seconds["bare short"].append(bare(bench, short, inputs))
-    show("what else may help a step")
-    variants = {
-        name: bare(bench, plain, inputs, *options)
-        for name, options in (
-            ("bfloat16", ["--bf16"]),
-            ("channels-last", ["--channels-last"]),
-            ("bfloat16, channels-last", ["--bf16", "--channels-last"]),
-            ("torch.compile", ["--compile"]),
-        )
+    starts: list[dict[str, float]] = []
+    long = _turns(bench, "1 s", LONG, LONG_WINDOW, rounds, ["plain", "full", "bare"], starts, show)
+    short = _turns(bench, "0.25 s", SHORT, SHORT_WINDOW, rounds, ["plain", "bare"], starts, show)
+    options = {
+        "bfloat16": ["--bf16"],
+        "channels-last": ["--channels-last"],
+        "bfloat16, channels-last": ["--bf16", "--channels-last"],
+        "torch.compile": ["--compile"],
     }
-    start = {part: statistics.median(each[part] for each in starts) for part in starts[0]}
+    helped = _turns(
+        bench, "what may help a bare one", LONG, LONG_WINDOW, max(1, rounds // 3), ["bare"], starts, show, options
+    )
     return {
-        "step_overhead": Ratio(seconds["plain"], seconds["bare"]),
-        "step_overhead_full": Ratio(seconds["full"], seconds["bare"]),
-        "step_overhead_short": Ratio(seconds["plain short"], seconds["bare short"]),
-        "variants": {name: took / statistics.median(seconds["bare"]) for name, took in variants.items()},
-        "start": start,
-        "export": facts["export"],
+        "step_overhead": Ratio(long["plain"], long["bare"]),
+        "step_overhead_full": Ratio(long["full"], long["bare"]),
+        "step_overhead_short": Ratio(short["plain"], short["bare"]),
+        "variants": {name: Ratio(helped[name], helped["bare"]).median for name in options},
+        "start": {part: statistics.median(each[part] for each in starts) for part in starts[0]},
+        "export": read_json(bench.folder / f"plain-{LONG}.json")["export"],
     }
+
+
+def _turns(
+    bench: Workbench,
+    what: str,
+    batch: int,
+    window: int,
+    rounds: int,
+    who: list[str],
+    starts: list[dict[str, float]],
+    show: Any,
+    options: Mapping[str, list[str]] = MappingProxyType({}),
+) -> dict[str, list[float]]:
+    """Seconds of a step of each, who take turns; adds to `starts` where the trainings' time to the first step went."""
+    conductor = Conductor(bench.folder, window)
+    begun, summaries = {}, {}
+    for name in who:
+        show(f"a step of {what}: {name} starts")
+        preset = bench.preset(f"{name}-{batch}", batch, (rounds + 2) * window, full=name == "full")
+        inputs = bench.folder / "runs" / f"plain-{LONG}" / "inputs"
+        if name == "bare":
+            command = ["tests/benchmarks/bare_step.py", str(preset), str(inputs)]
+        else:
+            summaries[name], begun[name] = bench.folder / f"{name}-{batch}.json", time.time()
+            command = ["tests/benchmarks/train_in_turns.py", str(preset), "--summary", str(summaries[name])]
+        conductor.start(name, command, bench.environment, SOURCES)
+    for name, flags in options.items():
+        conductor.start(name, [*command, *flags], bench.environment, SOURCES)
+    seconds = conductor.measure(rounds, lambda turn: show(f"a step of {what}: turn {turn + 1} of {rounds}"))
+    conductor.finish()
+    for name, file in summaries.items():
+        facts = read_json(file)
+        starts.append({"imports": round(facts["started"] - begun[name], 3), **facts["start_seconds"]})
+    return seconds
 
 
 def drawing(bench: Workbench, folder: str, rounds: int, show: Any) -> tuple[Ratio, int]:
@@ -104,7 +109,7 @@ def drawing(bench: Workbench, folder: str, rounds: int, show: Any) -> tuple[Rati
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="figures as JSON [out/bench.json]")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each comparison [3]")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison [15]")
     arguments = parser.parse_args()
     out, begun, console = arguments.out.absolute(), time.time(), Console(soft_wrap=True)
 
@@ -116,7 +121,7 @@ def main() -> None:
         show("shards and an autoencoder")
         bench.prepare()
         found = steps(bench, arguments.rounds, show)
-        found["generate_ratio"], pixels = drawing(bench, found["export"], arguments.rounds, show)
+        found["generate_ratio"], pixels = drawing(bench, found["export"], max(1, arguments.rounds // 5), show)
 
     table = Table(title="Machinery against the bare thing, one thread, medians of turns")
     for column in ("", "ours, s", "bare, s", "ratio", "from … to", "goal"):

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 SOURCES = Path(__file__).resolve().parents[2]
-WINDOW = 5  # steps that are timed together
+LOG_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Workbench:
         shape = {"image_size": 32, "channels": [16, 32, 32], "layers_per_block": 1, "norm_groups": 8}
         build_objective(AutoencoderConfig.model_validate(shape)).export(self.folder / "autoencoder")
 
-    def preset(self, batch: int, steps: int, full: bool) -> Path:
-        """One rank under ZeRO-1 with one thread; `full` averages the weights and logs as a training would."""
+    def preset(self, name: str, batch: int, steps: int, full: bool) -> Path:
+        """A training called `name`, one rank under ZeRO-1 with one thread; `full` averages and logs as trainings do."""
         unet = {"channels": [64, 128], "attention": [True, True], "layers_per_block": 1, "head_dim": 32}
         text = {"width": 96, "layers": 1, "heads": 4, "length": 32, "vocab_size": 600}
         tree = {
             "run": {
-                "name": "bench", "steps": steps, "log_every": WINDOW, "checkpoint_every": steps,
+                "name": name, "steps": steps, "log_every": LOG_EVERY, "checkpoint_every": steps,
                 "preview_samples": 0, "finish_samples": 1,
             },
             "data": {"url": str(self.folder / "digits" / "train"), "global_batch_size": batch, "lanes": 2},
@@ -64,7 +64,7 @@ class Workbench:
             "ema": {"decay": 0.99 if full else 0.0},
             "tracking": {"system_metrics": full},
         }  # fmt: skip
-        path = self.folder / f"{'full' if full else 'plain'}-{batch}-{steps}.yaml"
+        path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(tree))
         return path
 

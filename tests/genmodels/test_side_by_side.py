@@ -94,9 +94,9 @@ def test_validation_and_what_is_measured_last(objective, inputs):
     assert found["loss"].total == sum(mean.total for mean in members) and found["loss"].count == 16 + 16 + 4
     assert found["kl/psnr"].count == 4
     figures = objective.finish(iter([batch]))
-    assert set(figures) == {"kl/latent_std", "kl/reconstruction_psnr"}
+    assert set(figures) == {"kl/latent_mean_rms", "kl/latent_std", "kl/reconstruction_psnr"}
     state = objective.state_dict()
-    assert set(state) == {"kl/latent_std"}
+    assert set(state) == {"kl/latent_mean", "kl/latent_std"}
     objective.members["kl"].latent_std = torch.ones(())
     objective.load_state_dict(state)
     assert float(objective.members["kl"].latent_std) == figures["kl/latent_std"]

@@ -7,6 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
+from genmodels.autoencoder.codec import LatentCodec
 from genmodels.autoencoder.perceptual import PerceptualDistance
 from genmodels.families import build_objective
 from genmodels.metrics.image import psnr
@@ -110,22 +111,39 @@ def test_the_perceptual_term_enters(tmp_path):
 
 
 @pytest.mark.parametrize("channels", [[8, 8, 8], [8, 8, 8, 8]], ids=["f4", "f8"])
-def test_latents_have_unit_deviation_after_export(tmp_path, channels):
+def test_latents_are_centred_and_of_unit_deviation_after_export(tmp_path, channels):
     torch.manual_seed(0)
     objective = build_objective(tiny.autoencoder_config(channels=channels))
+    with torch.no_grad():  # far from zero, as those of a trained autoencoder may be
+        objective.autoencoder.model.quant_conv.bias[:4] += torch.tensor([3.0, -1.0, 0.0, 0.5])
     batches = [tiny.batch(16, first_seed=s) for s in (0, 100)]
     bad = {**batches[0], "images": batches[0]["images"] * 50, "weight": torch.zeros(16)}
     figures = objective.finish([*batches, bad])  # a quarantined batch counts for nothing
     facts = objective.export(tmp_path)
     opened = AutoencoderKL.from_pretrained(tmp_path)
-    with torch.no_grad():
-        latents = torch.cat([objective.reconstruct(b).latents for b in batches]) * opened.config.scaling_factor
-    assert latents.shape[2] == 16 // facts["factor"] and abs(latents.std().item() - 1) < 1e-3
     assert opened.config.scaling_factor == pytest.approx(1 / figures["latent_std"])
+    codec = LatentCodec(opened)
+    with torch.no_grad():
+        own = torch.cat([objective.reconstruct(b).latents for b in batches])
+        latents = torch.cat([codec.encode(b["images"], b["seeds"]) for b in batches])
+        pictures = codec.decode(latents[:2])
+        original = objective.autoencoder.model.decode(own[:2]).sample
+    assert latents.shape[2] == 16 // facts["factor"]
+    assert latents.mean((0, 2, 3)).abs().max() < 1e-5 and abs(latents.square().mean() - 1) < 1e-4
+    shift = torch.tensor(facts["latent_shift"]).view(1, -1, 1, 1)
+    torch.testing.assert_close(latents, (own - shift) * opened.config.scaling_factor, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pictures, original, rtol=1e-4, atol=1e-5)
+    assert figures["latent_mean_rms"] == pytest.approx(float(shift.square().mean().sqrt()), rel=1e-5)
+    assert shift[0, 0] > 2
     again = build_objective(tiny.autoencoder_config(channels=channels))
     again.load_state_dict(objective.state_dict())
+    assert again.scaling_factor == objective.scaling_factor and again.latent_mean.equal(objective.latent_mean)
+
+
+def test_an_export_without_measurement_keeps_the_weights(tmp_path):
+    objective, again = (build_objective(tiny.autoencoder_config()) for _ in range(2))
+    objective.export(tmp_path)
     again.load_weights(tmp_path)
-    assert again.scaling_factor == objective.scaling_factor
     batch = tiny.batch(2)
     assert again.autoencoder_loss(batch).loss.equal(objective.autoencoder_loss(batch).loss)
 

@@ -41,14 +41,19 @@ class LatentCodec(nn.Module):
         return LatentCodec(source.from_pretrained(folder, use_safetensors=True, local_files_only=True))
 
     @property
-    def is_kl(self) -> bool:
-        """Whether it is an AutoencoderKL, as diffusers' pipelines expect."""
-        return isinstance(self.model, AutoencoderKL)
+    def opens_in_pipelines(self) -> bool:
+        """Whether it is an AutoencoderKL without a shift, as diffusers' pipelines of latent diffusion expect."""
+        return isinstance(self.model, AutoencoderKL) and not self.shift
 
     @property
     def factor(self) -> int:
         """Pixels per latent position along one side."""
         return 2 ** (len(self.model.config.block_out_channels) - 1)
+
+    @property
+    def shift(self) -> float:
+        """What is taken off latents before they are scaled: not 0 in some autoencoders that others trained."""
+        return float(self.model.config.get("shift_factor") or 0.0)
 
     @property
     def channels(self) -> int:
@@ -75,9 +80,10 @@ class LatentCodec(nn.Module):
         latents = posterior.mean
         if seeds is not None:
             latents = latents + posterior.std * random.normal(seeds, latents.shape[1:], "latent")
-        return latents.float() * self.model.config.scaling_factor
+        return (latents.float() - self.shift) * self.model.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, float32, nominally in [-1, 1], of scaled latents."""
-        decoded: Any = self.model.decode((latents / self.model.config.scaling_factor).to(self._dtype))
+        latents = latents / self.model.config.scaling_factor + self.shift
+        decoded: Any = self.model.decode(latents.to(self._dtype))
         return decoded.sample.float()

@@ -20,7 +20,7 @@ from genmodels.text.tokenizer import save as save_tokenizer
 def layout_of(objective: LatentDiffusion) -> str:
     """`export_layout` of its configuration, if the autoencoder is of the kind that diffusers' pipelines take."""
     autoencoder = objective.autoencoder
-    return "own" if autoencoder is not None and not autoencoder.is_kl else export_layout(objective.config)
+    return "own" if autoencoder is not None and not autoencoder.opens_in_pipelines else export_layout(objective.config)
 
 
 def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:

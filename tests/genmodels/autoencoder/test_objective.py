@@ -140,6 +140,20 @@ def test_latents_are_centred_and_of_unit_deviation_after_export(tmp_path, channe
     assert again.scaling_factor == objective.scaling_factor and again.latent_mean.equal(objective.latent_mean)
 
 
+def test_the_shift_of_a_pretrained_autoencoder_is_taken_off_and_no_pipeline_opens_it(tmp_path):
+    objective, batch = build_objective(tiny.autoencoder_config()), tiny.batch(2)
+    objective.export(tmp_path)
+    opened = AutoencoderKL.from_pretrained(tmp_path)
+    plain = LatentCodec(opened).encode(batch["images"])
+    images = LatentCodec(opened).decode(plain)
+    assert LatentCodec(opened).opens_in_pipelines
+    opened.register_to_config(scaling_factor=2.0, shift_factor=0.25)
+    codec = LatentCodec(opened)
+    torch.testing.assert_close(codec.encode(batch["images"]), (plain - 0.25) * 2)
+    torch.testing.assert_close(codec.decode((plain - 0.25) * 2), images)
+    assert not codec.opens_in_pipelines
+
+
 def test_an_export_without_measurement_keeps_the_weights(tmp_path):
     objective, again = (build_objective(tiny.autoencoder_config()) for _ in range(2))
     objective.export(tmp_path)

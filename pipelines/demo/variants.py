@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from pipelines.training.config import load_config
 
 DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
 ENCODERS = (("autoencoder_variants",), ("clip_variants",))  # each chain of trainings has one core
-DENOISERS = (("ldm_variants_kl", "ldm_variants_longer_kl"), ("ldm_variants_vq", "ldm_variants_longer_vq"))
+DENOISERS = (("ldm_variants_kl",), ("ldm_variants_vq",))
 SCRIPTS = {
     "autoencoder_variants": "train_autoencoder.py",
     "clip_variants": "train_clip.py",
@@ -82,7 +83,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         figures, config = trained[name]["figures"], members_of(configs[name].objective)[member]
         found = judged[name, member]
         row = {
-            "member": f"{member}-{axes(config)['regulariser']}",
+            "member": label(config),
             **axes(config),
             **{key: value for key, value in found.items() if key != "pictures"},
             "learnt": found["consistency_ratio"] >= LEAST,
@@ -93,7 +94,8 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         }
         rows.append(row)
         pictures[row["member"]] = found["pictures"]
-    order = [f"{d}-{p}-{r}" for d in ("unet", "dit") for p in ("epsilon", "v", "sample", "flow") for r in ("kl", "vq")]
+    types = ("epsilon", "v_prediction", "sample", "flow")
+    order = ["-".join(axes) for axes in product(("unet", "dit"), types, ("kl", "vq"))]
     rows.sort(key=lambda row: order.index(row["member"]))
     grid = out.parent / "demo-ldm-variants.png"
     draw_grid({name: pictures[name] for name in order}, kept_out_prompts(count)[1]).save(grid)
@@ -152,6 +154,11 @@ def axes(member: LatentDiffusionConfig) -> dict[str, str]:
     return {"denoiser": member.denoiser.kind, "prediction_type": member.prediction_type, "regulariser": regulariser}
 
 
+def label(member: LatentDiffusionConfig) -> str:
+    """What a variant is called in the table and the grid: its `axes`."""
+    return "-".join(axes(member).values())
+
+
 def judge(folders: dict[Any, Path], count: int) -> dict[Any, dict[str, Any]]:
     """Figures of each model and the first pictures it drew; one process for each physical core."""
     jobs = [(name, str(folder), count) for name, folder in folders.items()]
@@ -207,19 +214,25 @@ def draw_grid(pictures: dict[str, np.ndarray], captions: list[str]) -> Any:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the table."""
-    console, table = Console(soft_wrap=True), Table(title="Latent diffusion of 16×16 digits")
-    for column in ("denoiser", "predicts", "regulariser", "parameters", "consistency", "of real", "coverage"):
-        table.add_column(column, justify="left" if column in ("denoiser", "predicts", "regulariser") else "right")
-    for column in ("of real", "validation loss", "steps", "seconds"):
+    console = Console(soft_wrap=True)
+    console.width = max(console.width, 110)  # narrower, and figures would be cut
+    rows = summary["variants"]
+    steps = " or ".join(sorted({str(row["steps"]) for row in rows}))
+    table = Table(title=f"Latent diffusion of 16×16 digits, {steps} steps", padding=(0, 1, 0, 0))
+    for column in ("denoiser", "predicts", "latents"):
+        table.add_column(column)
+    for column in ("parameters", "consistency", "of real", "coverage", "of real", "validation loss", "seconds"):
         table.add_column(column, justify="right")
-    for row in summary["variants"]:
+    for row in rows:
         table.add_row(
             row["denoiser"], row["prediction_type"], row["regulariser"], f"{row['parameters']:,}",
             f"{row['consistency']:.3f}", f"{row['consistency_ratio']:.3f}" + ("" if row["learnt"] else " !"),
             f"{row['coverage']:.3f}", f"{row['coverage_ratio']:.3f}", f"{row['validation_loss']:.4f}",
-            str(row["steps"]), f"{row['seconds']:.0f}",
+            f"{row['seconds']:.0f}",
         )  # fmt: skip
     console.print(table)
+    if not all(row["learnt"] for row in rows):
+        console.print(f"! below {LEAST} of the real digits' consistency: it has not learnt", highlight=False)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from pipelines.training.config import load_config
 
 DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
 ENCODERS = (("autoencoder_variants",), ("clip_variants",))  # each chain of trainings has one core
-DENOISERS = (("ldm_variants_kl",), ("ldm_variants_vq",))
+DENOISERS = (("ldm_variants_kl", "ldm_variants_v_kl"), ("ldm_variants_vq", "ldm_variants_v_vq"))
 SCRIPTS = {
     "autoencoder_variants": "train_autoencoder.py",
     "clip_variants": "train_clip.py",

@@ -75,7 +75,8 @@ def test_overrides_merge_and_the_rest_stays():
     assert config.objective.denoiser.channels == [32, 64]
     assert config.run.init_from is None
     before, after = (flatten(json.loads(each.model_dump_json())) for each in (plain, config))
-    assert {key for key in before if before[key] != after[key]} == {"run.steps", "objective.denoiser.channels"}
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed == {"run.steps", "optimizer.learning_rate", "objective.denoiser.channels"}
 
 
 def test_the_last_override_wins_and_sections_appear():

@@ -163,6 +163,7 @@ def make_adamw(module: nn.Module, optimizer: OptimizerConfig) -> torch.optim.Ada
         betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         weight_decay=optimizer.weight_decay,
+        fused=True,  # one pass over memory instead of a dozen
     )
 
 

@@ -240,7 +240,7 @@ def _resolved(*assignments: str) -> dict[str, Any]:
 
 def test_changes_are_shown_key_by_key():
     found = changes(_resolved(), _resolved("optimizer.learning_rate=0.5", "run.seed=3"))
-    assert found == ["optimizer.learning_rate: 0.001 → 0.5", "run.seed: 0 → 3"]
+    assert found == ["optimizer.learning_rate: 0.004 → 0.5", "run.seed: 0 → 3"]
     appeared = changes(_resolved(), _resolved("optimizers.denoiser.beta1=0.5"))
     assert "optimizers.denoiser.beta1: null → 0.5" in appeared
 

@@ -48,7 +48,8 @@ def main() -> None:
         denoiser.to(memory_format=torch.channels_last)
     if arguments.compile:
         denoiser.compile()
-    optimizer = torch.optim.AdamW(denoiser.parameters(), config.optimizer.learning_rate, weight_decay=0.01)
+    rate = config.optimizer.learning_rate
+    optimizer = torch.optim.AdamW(denoiser.parameters(), rate, weight_decay=0.01, fused=True)
 
     data, spec = config.data, sample_spec(config, arguments.inputs)
     order = DataOrder(

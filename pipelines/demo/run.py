@@ -27,7 +27,7 @@ from infra.storage import run_root
 from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.training.config import TrainConfig, load_config
 
-EVALUATION = ["--num-steps", "10", "--guidance-scale", "1.8", "--sampler", "dpm_solver++"]
+EVALUATION = ["--num-steps", "10", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
 EVALUATION += ["--precision", "auto", "--processes", "2"]
 
 

@@ -22,7 +22,7 @@ help:
 	@echo "make demo-ldm-variants   denoisers, prediction types and regularisers compared, trained side by side"
 	@echo "make test       lint, types and all tests (about 17 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
-	@echo "make bench      what the machinery costs, side by side with the bare thing (15 minutes on 2 cores)"
+	@echo "make bench      what the machinery costs, side by side with the bare thing (under 20 minutes on 2 cores)"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove runs/ and out/ (the environment is kept)"
 

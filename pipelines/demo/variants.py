@@ -37,15 +37,10 @@ from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.demo.run import Stages, check_overrides, prepare
 from pipelines.training.config import load_config
 
-DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
-ENCODERS = (("autoencoder_variants",), ("clip_variants",))  # each chain of trainings has one core
-DENOISERS = (("ldm_variants_kl", "ldm_variants_v_kl"), ("ldm_variants_vq", "ldm_variants_v_vq"))
-SCRIPTS = {
-    "autoencoder_variants": "train_autoencoder.py",
-    "clip_variants": "train_clip.py",
-    **{name: "train_ldm.py" for chain in DENOISERS for name in chain},
-}
-Chains = tuple[tuple[str, ...], ...]
+DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 4.0, "sampler": "dpm_solver++"}
+# Presets and their scripts; those of one dictionary are trained at once, on a core each.
+ENCODERS = {"autoencoder_variants": "train_autoencoder.py", "clip_variants": "train_clip.py"}
+DENOISERS = {"ldm_variants_kl": "train_ldm.py", "ldm_variants_vq": "train_ldm.py"}
 LEAST = 0.6  # of the real digits' consistency: below it, a variant has not learnt
 _SHOWN = 10  # pictures of each variant in the grid
 
@@ -55,7 +50,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     began = psutil.Process().create_time()  # of the command, so that imports count
     root, stages = run_root(), Stages()
     check_overrides(overrides)
-    configs = {name: load_config(name, overrides) for chain in (*ENCODERS, *DENOISERS) for name in chain}
+    configs = {name: load_config(name, overrides) for name in (*ENCODERS, *DENOISERS)}
     size = configs["ldm_variants_kl"].objective.image_size
     stages.run(
         "shards",
@@ -63,11 +58,9 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         lambda: prepare(root, list(configs.values()), at_once=len(DENOISERS)),
     )
 
-    def train(stage: str, chains: Chains) -> dict[str, dict[str, Any]]:
-        typed = " & ".join(
-            " && ".join(f"python pipelines/{SCRIPTS[name]} {name}" for name in chain) for chain in chains
-        )
-        return stages.run(stage, typed, lambda: train_chains(chains, overrides))
+    def train(stage: str, presets: dict[str, str]) -> dict[str, dict[str, Any]]:
+        typed = " & ".join(f"python pipelines/{script} {name}" for name, script in presets.items())
+        return stages.run(stage, typed, lambda: train_at_once(presets, overrides))
 
     train("autoencoders, text encoder", ENCODERS)
     trained = train("latent diffusion", DENOISERS)
@@ -113,8 +106,8 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     return summary
 
 
-def train_chains(chains: Chains, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Train the presets of each chain in turn, the chains at once in processes of their own; the summaries by preset.
+def train_at_once(presets: dict[str, str], overrides: list[str]) -> dict[str, dict[str, Any]]:
+    """Train presets by their scripts, each in a process of its own; the summaries by preset.
 
     Raises:
         RunFailed: one of them did not end well; what is wrong is said above.
@@ -127,25 +120,21 @@ def train_chains(chains: Chains, overrides: list[str]) -> dict[str, dict[str, An
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     }
 
-    def train_in_turn(chain: tuple[str, ...], folder: Path) -> dict[str, Any]:
-        summaries = {}
-        for name in chain:
-            file = folder / f"{name}.json"
-            command = [sys.executable, str(SOURCES / "pipelines" / SCRIPTS[name]), name, *overrides]
-            # Through a pipe, so that they write lines: two bars would write over each other.
-            with subprocess.Popen(
-                [*command, "--summary", str(file)], env=environment, stdout=subprocess.PIPE, text=True
-            ) as training:
-                for line in training.stdout or ():
-                    print(line, end="", flush=True)
-            if training.returncode:
-                raise RunFailed(f"{name} was not trained: what is wrong is said above")
-            summaries[name] = json.loads(file.read_text())
-        return summaries
+    def train(name: str, summary: Path) -> dict[str, Any]:
+        command = [sys.executable, str(SOURCES / "pipelines" / presets[name]), name, *overrides]
+        # Through a pipe, so that they write lines: two bars would write over each other.
+        with subprocess.Popen(
+            [*command, "--summary", str(summary)], env=environment, stdout=subprocess.PIPE, text=True
+        ) as training:
+            for line in training.stdout or ():
+                print(line, end="", flush=True)
+        if training.returncode:
+            raise RunFailed(f"{name} was not trained: what is wrong is said above")
+        return json.loads(summary.read_text())
 
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(chains)) as threads:
-        done = list(threads.map(train_in_turn, chains, [Path(folder)] * len(chains)))
-    return {name: summary for part in done for name, summary in part.items()}
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(presets)) as threads:
+        done = threads.map(train, presets, [Path(folder) / f"{name}.json" for name in presets])
+        return dict(zip(presets, done))
 
 
 def axes(member: LatentDiffusionConfig) -> dict[str, str]:
@@ -217,8 +206,7 @@ def show(summary: dict[str, Any]) -> None:
     console = Console(soft_wrap=True)
     console.width = max(console.width, 110)  # narrower, and figures would be cut
     rows = summary["variants"]
-    steps = " or ".join(sorted({str(row["steps"]) for row in rows}))
-    table = Table(title=f"Latent diffusion of 16×16 digits, {steps} steps", padding=(0, 1, 0, 0))
+    table = Table(title=f"Latent diffusion of 16×16 digits, {rows[0]['steps']} steps", padding=(0, 1, 0, 0))
     for column in ("denoiser", "predicts", "latents"):
         table.add_column(column)
     for column in ("parameters", "consistency", "of real", "coverage", "of real", "validation loss", "seconds"):

@@ -37,7 +37,7 @@ from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.demo.run import Stages, check_overrides, prepare
 from pipelines.training.config import load_config
 
-DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.0, "sampler": "dpm_solver++"}
+DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.5, "sampler": "dpm_solver++"}
 # Presets and their scripts; those of one dictionary are trained at once, on a core each.
 ENCODERS = {"autoencoder_variants": "train_autoencoder.py", "clip_variants": "train_clip.py"}
 DENOISERS = {"ldm_variants_kl": "train_ldm.py", "ldm_variants_vq": "train_ldm.py"}

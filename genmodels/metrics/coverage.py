@@ -16,7 +16,7 @@ from scipy.spatial.distance import cdist
 TILE = 2048
 
 
-def _distance_tiles(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def distance_tiles(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, slice, np.ndarray]]:
     for row in range(0, len(a), TILE):
         for column in range(0, len(b), TILE):
             rows, columns = slice(row, row + TILE), slice(column, column + TILE)
@@ -32,11 +32,11 @@ def neighbour_radii(features: np.ndarray, k: int) -> np.ndarray:
 
     Raises ValueError for another shape or k.
     """
-    features = _checked(features)
+    features = checked(features)
     if not 1 <= k < len(features):
         raise ValueError(f"k must be between 1 and {len(features) - 1} for {len(features)} samples, not {k}")
     nearest = np.full((len(features), k), np.inf)
-    for rows, columns, tile in _distance_tiles(features, features):
+    for rows, columns, tile in distance_tiles(features, features):
         if rows == columns:
             np.fill_diagonal(tile, np.inf)  # a sample is not its own neighbour; an equal one is
         merged = np.concatenate([nearest[rows], tile], axis=1)
@@ -50,10 +50,10 @@ def density_and_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) ->
     Coverage is the share of real samples with a generated one in their ball, which reaches to the k-th real neighbour;
     density counts the balls that a generated sample lies in, over k. Both sets: float (n, dimensions).
     """
-    real, generated = _checked(real), _checked(generated)
+    real, generated = checked(real), checked(generated)
     radii = neighbour_radii(real, k)
     covered, inside = np.zeros(len(real), dtype=bool), 0
-    for rows, _, tile in _distance_tiles(real, generated):
+    for rows, _, tile in distance_tiles(real, generated):
         within = tile <= radii[rows, None]
         covered[rows] |= within.any(axis=1)
         inside += int(within.sum())
@@ -66,15 +66,15 @@ def precision_and_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) ->
 
 
 def _share_inside(centres: np.ndarray, points: np.ndarray, k: int) -> float:
-    centres, points = _checked(centres), _checked(points)
+    centres, points = checked(centres), checked(points)
     radii = neighbour_radii(centres, k)
     inside = np.zeros(len(points), dtype=bool)
-    for rows, columns, tile in _distance_tiles(centres, points):
+    for rows, columns, tile in distance_tiles(centres, points):
         inside[columns] |= (tile <= radii[rows, None]).any(axis=0)
     return float(inside.mean())
 
 
-def _checked(features: np.ndarray) -> np.ndarray:
+def checked(features: np.ndarray) -> np.ndarray:
     features = np.asarray(features, dtype=np.float64)
     if features.ndim != 2 or not len(features):
         raise ValueError(f"features must be (samples, dimensions) with at least one sample, not {features.shape}")

@@ -1,8 +1,11 @@
 import numpy as np
 import pytest
+import torch
 from scipy.linalg import sqrtm
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
 
-from genmodels.metrics.frechet import frechet_distance, sample_frechet_distance
+from genmodels.metrics.frechet import FeatureSums, frechet_distance, sample_frechet_distance, total
 
 
 def test_isotropic_gaussians_have_the_closed_form():
@@ -47,3 +50,34 @@ def test_wrong_arguments_are_refused():
         frechet_distance(np.zeros(2), np.eye(2) * np.nan, np.zeros(2), np.eye(2))
     with pytest.raises(ValueError, match="two samples or more"):
         sample_frechet_distance(np.zeros((1, 2)), np.zeros((5, 2)))
+
+
+def test_torchmetrics_agrees():
+    class Features(nn.Module):
+        num_features = 6
+
+        def forward(self, images):
+            return images.flatten(1)
+
+    rng = np.random.default_rng(4)
+    a, b = rng.normal(size=(500, 6)), rng.normal(size=(700, 6)) @ rng.normal(size=(6, 6)) + 1
+    theirs = FrechetInceptionDistance(feature=Features(), normalize=True, input_img_size=(1, 2, 3))
+    theirs.set_dtype(torch.float64)
+    for features, real in ((a, True), (b, False)):
+        theirs.update(torch.from_numpy(features).view(-1, 1, 2, 3), real=real)
+    assert sample_frechet_distance(a, b) == pytest.approx(float(theirs.compute()), rel=1e-3)
+
+
+def test_sums_of_parts_are_those_of_the_whole_in_any_order():
+    features = np.random.default_rng(5).normal(size=(1000, 7)).astype(np.float32) + 3
+    whole = FeatureSums.of(features)
+    parts = [FeatureSums.of(part) for part in np.array_split(features, 7)]
+    for sums in (total(parts), total(parts[::-1]), total(parts) + parts[0] - parts[0]):
+        assert sums.count == 1000
+        np.testing.assert_allclose(sums.gaussian().covariance, whole.gaussian().covariance, rtol=1e-10)
+    np.testing.assert_allclose(
+        whole.gaussian().covariance, np.cov(features.astype(np.float64), rowvar=False), rtol=1e-10
+    )
+    np.testing.assert_allclose(whole.gaussian().mean, features.astype(np.float64).mean(0), rtol=1e-12)
+    with pytest.raises(ValueError, match="NaN"):
+        whole.add(np.full((1, 7), np.nan))

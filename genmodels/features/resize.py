@@ -29,5 +29,5 @@ def resize(pictures: np.ndarray, height: int, width: int | None = None) -> np.nd
     for picture, target in zip(pictures.astype(np.float32), resized):
         for channel in range(3):
             image = Image.fromarray(np.ascontiguousarray(picture[..., channel]))
-            target[..., channel] = image.resize((width, height), Image.Resampling.BICUBIC)
+            target[..., channel] = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
     return resized.clip(0.0, 255.0, out=resized)

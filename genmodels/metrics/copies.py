@@ -10,10 +10,10 @@ from genmodels.metrics.coverage import checked, distance_tiles
 
 
 class Nearest(NamedTuple):
-    """For each sample, the distance to the nearest reference, float64 (n,), and which one that is, int64 (n,)."""
+    """For each sample, the distance to the nearest reference, float64 (n,), and which (its row), int64 (n,)."""
 
     distance: np.ndarray
-    index: np.ndarray
+    which: np.ndarray
 
 
 def nearest(samples: np.ndarray, reference: np.ndarray) -> Nearest:

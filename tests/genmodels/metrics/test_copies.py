@@ -13,7 +13,7 @@ def test_the_nearest_is_that_of_a_kd_tree(tile, monkeypatch):
     samples, reference = rng.normal(size=(50, 4)), rng.normal(size=(70, 4))
     distance, index = cKDTree(reference).query(samples)
     found = nearest(samples, reference)
-    assert found.distance == pytest.approx(distance) and (found.index == index).all()
+    assert found.distance == pytest.approx(distance) and (found.which == index).all()
 
 
 def test_copies_show_and_fresh_samples_do_not():

@@ -98,6 +98,14 @@ class Preview:
     columns: int = 8
 
 
+class Drawing(NamedTuple):
+    """How pictures are drawn; a family takes of it what it has."""
+
+    num_steps: int = 20
+    guidance_scale: float = 2.0
+    sampler: Any = "ddim"
+
+
 class Objective:
     """Base of all objectives. Subclasses fill `networks`, `frozen` and `phases` in `__init__`.
 
@@ -120,6 +128,11 @@ class Objective:
 
     def preview(self, batch: Batch) -> Preview | None:
         """A grid for the eye, drawn for one fixed held-out batch; None where there is nothing to draw."""
+        return None
+
+    def draw(self, batch: Batch, drawing: Drawing) -> Tensor | None:
+        """A picture for each sample of a held-out batch, (batch, 3, height, width) in [-1, 1], from what it is
+        conditioned on and from `batch["seeds"]`; None of an objective that draws nothing."""
         return None
 
     def finish(self, batches: Iterable[Batch]) -> dict[str, float]:

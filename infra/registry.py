@@ -190,6 +190,13 @@ def _public_version(package: str) -> str:
     return importlib.metadata.version(package).partition("+")[0]  # torch 2.13.0+cpu is on no common index
 
 
+def tag_version(uri: str | None, name: str, version: str, tags: Mapping[str, str]) -> None:
+    """Set (or replace) tags of a version of a registered model."""
+    client = open_client(uri)
+    for key, value in tags.items():
+        patiently(client.set_model_version_tag, name, version, key, value)
+
+
 def resolve_model(reference: str | os.PathLike[str], uri: str | None = None) -> Path:
     """The local export folder of a model.
 

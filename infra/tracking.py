@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,16 @@ from infra.run_logger import RunLogger
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
-__all__ = ["RunLogger", "check_tracking", "finish_run", "metric_history", "set_tags", "start_run", "tracking_uri"]
+__all__ = [
+    "RunLogger",
+    "check_tracking",
+    "finish_run",
+    "log_evaluation",
+    "metric_history",
+    "set_tags",
+    "start_run",
+    "tracking_uri",
+]
 
 _PARAM_LENGTH = 6000  # characters; MLflow refuses longer values
 
@@ -98,6 +109,20 @@ def set_tags(uri: str | None, run_id: str, tags: Mapping[str, Any]) -> None:
     client = open_client(uri)
     for key, value in tags.items():
         patiently(client.set_tag, run_id, key, str(value))
+
+
+def log_evaluation(
+    uri: str | None, run_id: str, figures: Mapping[str, float], step: int, files: Iterable[Path]
+) -> None:
+    """Figures of an evaluation at a training step, and its files as artifacts under `evaluation/`."""
+    from mlflow.entities import Metric
+
+    client = open_client(uri)
+    now = int(time.time() * 1000)
+    metrics = [Metric(name, value, now, step) for name, value in figures.items() if math.isfinite(value)]
+    patiently(client.log_batch, run_id, metrics=metrics)
+    for file in files:
+        patiently(client.log_artifact, run_id, str(file), "evaluation")
 
 
 def metric_history(uri: str | None, run_id: str, keys: Iterable[str]) -> list[dict[str, float]]:

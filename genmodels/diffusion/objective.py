@@ -24,7 +24,7 @@ from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
 from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
 from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
-from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview, once
+from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.encoder import build_text_encoder, pretrained_width
 from genmodels.text.tokenizer import encode
@@ -228,20 +228,25 @@ class LatentDiffusion(Objective):
     def preview(self, batch: Batch) -> Preview:
         """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
         count = min(self.config.preview_samples, len(batch["images"]))
-        device = batch["images"].device
         first = {key: value[:count] for key, value in batch.items() if isinstance(value, (Tensor, list))}
+        first["seeds"] = torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=batch["images"].device)
+        drawing = Drawing(self.config.preview_steps, self.config.preview_guidance_scale)
+        titles = list(batch["captions"][:count]) if self.config.conditional else []
+        return Preview(self.draw(first, drawing), titles)
+
+    def draw(self, batch: Batch, drawing: Drawing) -> Tensor:
+        """A picture for each sample, from its conditions and its seed."""
         latents = sample(
             self.denoiser,
             self.denoiser.sample_shape,
-            torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=device),
-            make_sampler("ddim", self.sampler_settings),
-            min(self.config.preview_steps, self.config.train_timesteps - 1),
-            self.condition(first, dropout=False),
-            self.nothing(first),
-            Guidance(self.config.preview_guidance_scale),
+            batch["seeds"],
+            make_sampler(drawing.sampler, self.sampler_settings),
+            min(drawing.num_steps, self.config.train_timesteps - 1),
+            self.condition(batch, dropout=False),
+            self.nothing(batch),
+            Guidance(drawing.guidance_scale),
         )
-        titles = list(batch["captions"][:count]) if self.config.conditional else []
-        return Preview(self.decode(latents).clamp(-1, 1), titles)
+        return self.decode(latents).clamp(-1, 1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images of latents (batch, channels, height, width), nominally in [-1, 1]."""

@@ -57,6 +57,11 @@ class FeatureExtractor:
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def to(self, device: torch.device) -> None:
+        """Move it: it can be pickled on one machine and go on on another."""
+        self.device = device
+        self.network.to(device)
+
     @torch.inference_mode()
     def __call__(self, pictures: np.ndarray) -> Features:
         """Features of pictures, uint8 (n, height, width, 3) of any size, resized without aliasing."""
@@ -120,10 +125,10 @@ class _Pretrained(FeatureExtractor):
     def __init__(self, kind: str, network: Any, path: str, size: int, dimensions: int, device: torch.device) -> None:
         mean, deviation = _pixel_statistics(path)
         super().__init__(kind, network, size, dimensions, device, f"{mean} {deviation}")
-        self._mean, self._deviation = (torch.tensor(v, device=device).view(3, 1, 1) for v in (mean, deviation))
+        self._mean, self._deviation = (torch.tensor(v).view(3, 1, 1) for v in (mean, deviation))
 
     def _pixels(self, images: Tensor) -> Tensor:
-        return (images / 255 - self._mean) / self._deviation
+        return (images / 255 - self._mean.to(self.device)) / self._deviation.to(self.device)
 
 
 class _Dinov2(_Pretrained):

@@ -20,8 +20,10 @@ class Conditions(Section):
     options: dict[str, float | int | str | bool] = Field({}, description="what else the sampler was told")
     precision: str | None = Field(None, description="of the denoiser's products, fp32 or bf16")
     extractor: str | None = Field(None, description="digest of the network that gave the features")
+    clip: str | None = Field(None, description="digest of the CLIP that gave the embeddings of captions")
     data: str | None = Field(None, description="digest of the real pictures that they were compared with")
     data_count: int | None = Field(None, description="of those")
+    training_data: str | None = Field(None, description="digest of the training pictures among which copies are sought")
 
 
 class Figure(Section):
@@ -33,6 +35,10 @@ class Figure(Section):
     high: float | None = Field(None, description="upper end of the interval")
     better: Literal["higher", "lower"] = Field(description="which way is an improvement")
     conditions: Conditions = Field(description="how it was measured")
+
+    def told(self) -> str:
+        """In a line: the value, and its interval."""
+        return f"{self.value:.6g}" + ("" if self.low is None else f" [{self.low:.6g}, {self.high:.6g}]")
 
 
 Verdict = Literal["better", "worse", "undecided"]

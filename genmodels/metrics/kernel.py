@@ -17,16 +17,17 @@ def kernel_distances(a: np.ndarray, b: np.ndarray, block: int = 1000, degree: in
         block: samples of a block at least, as far as there are as many.
         degree: of the polynomial.
 
-    Raises ValueError for other shapes, NaN or infinity.
+    Only blocks are made float64, so both may be memory-mapped files. Raises ValueError for other shapes, NaN or
+    infinity.
     """
-    a, b = (np.asarray(features, dtype=np.float64) for features in (a, b))
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features must be (two samples or more, dimensions), not {a.shape} and {b.shape}")
-    if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise ValueError("features hold NaN or infinity")
     blocks = max(1, min(len(a), len(b)) // block)
     pairs = zip(np.array_split(a, blocks), np.array_split(b, blocks))
-    return np.array([_unbiased(x, y, degree) for x, y in pairs])
+    found = np.array([_unbiased(np.asarray(x, np.float64), np.asarray(y, np.float64), degree) for x, y in pairs])
+    if not np.isfinite(found).all():
+        raise ValueError("features hold NaN or infinity")
+    return found
 
 
 def _unbiased(a: np.ndarray, b: np.ndarray, degree: int) -> float:

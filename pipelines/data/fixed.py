@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -42,6 +43,13 @@ def spread_slots(index: DatasetIndex, count: int) -> NDArray[np.int64]:
 def fixed_batches(
     index: DatasetIndex, spec: SampleSpec, count: int, batch_size: int, rank: int = 0, world_size: int = 1
 ) -> list[RankBatch]:
+    """All of `read_fixed` at once."""
+    return list(read_fixed(index, spec, count, batch_size, rank, world_size))
+
+
+def read_fixed(
+    index: DatasetIndex, spec: SampleSpec, count: int, batch_size: int, rank: int = 0, world_size: int = 1
+) -> Iterator[RankBatch]:
     """The rank's part of `count` samples spread evenly over a dataset, always the same ones, read in this process.
 
     For validation and previews: centre crop, no flip, seeds from the sample's number alone, so that all ranks together
@@ -50,14 +58,13 @@ def fixed_batches(
     """
     count = min(count, index.samples)
     if count < 1:
-        return []
+        return
     slots = spread_slots(index, count)
     share = -(-count // world_size)
     numbers = np.arange(rank * share, (rank + 1) * share)
     real = numbers < count
     numbers = np.minimum(numbers, count - 1)
     plain = replace(spec, crop="center", horizontal_flip=False)
-    batches = []
     for first in range(0, share, batch_size):
         mine = numbers[first : first + batch_size]
         chunks = read_chunks(index, {(int(shard), int(chunk)) for shard, chunk, _ in slots[mine]})
@@ -66,5 +73,4 @@ def fixed_batches(
         )
         batch = to_batch(table, plain)
         batch["weight"] *= torch.from_numpy(real[first : first + batch_size].astype(np.float32))
-        batches.append(batch)
-    return batches
+        yield batch

@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 
 from genmodels.metrics.coverage import density_and_coverage
-from pipelines.demo.digits import KEPT_OUT, SPLITS, Combination, caption, load_originals, paint, stroke_mask
+from pipelines.demo.digits import (
+    KEPT_OUT,
+    SPLITS,
+    Combination,
+    caption,
+    load_originals,
+    paint,
+    parse_caption,
+    stroke_mask,
+)
 from pipelines.demo.judge import Judge, Reading, average_to, find_strokes
 
 Draw = Callable[[list[str], list[int]], np.ndarray]
@@ -58,6 +67,15 @@ def correct(reading: Reading, wanted: list[Combination]) -> dict[str, np.ndarray
     asked = [np.array(part) for part in zip(*wanted)]
     right = {name: getattr(reading, name) == asked[i] for i, name in enumerate(Combination._fields)}
     return {**right, "all": right["digit"] & right["ink"] & right["paper"]}
+
+
+def follow_captions(pictures: np.ndarray, captions: list[str]) -> dict[str, np.ndarray]:
+    """Where pictures, uint8 (n, size, size, 3), show what their captions say: as `correct`.
+
+    Raises ValueError for a caption that is none of the digits'.
+    """
+    wanted = [parse_caption(caption) for caption in captions]
+    return correct(Judge.train(pictures.shape[1])(np.ascontiguousarray(pictures)), wanted)
 
 
 def mean_coverage(held_out: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from pipelines.demo.curves import loss_chart
 from pipelines.demo.digits import KEPT_OUT
 from pipelines.demo.evaluation import Evaluation, correct, real_pictures
+from pipelines.evaluation.charts import loss_chart
+from pipelines.evaluation.page import Gallery, as_text, gallery_section, tile, write_page
 
 History = list[dict[str, Any]]
 
@@ -27,17 +24,6 @@ pipeline("a red seven on a white background", num_inference_steps={num_steps}, g
          height={size}, width={size}).images[0].save("seven.png")
 """
 _NAMED_FACTS = ("data_wait_share", "seconds_by_part", "export_folder")
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures under a heading: uint8 (n, height, width, 3), a caption each, and for some what went wrong."""
-
-    title: str
-    note: str
-    pictures: np.ndarray
-    captions: Sequence[str]
-    faults: Mapping[int, str] = field(default_factory=dict)
 
 
 def galleries(evaluation: Evaluation, each: int = 2) -> list[Gallery]:
@@ -85,7 +71,7 @@ def write_report(
     size = images[0].pictures.shape[1] if images else 32
     sections = [
         _headline(figures, facts, size),
-        *(_gallery(gallery) for gallery in images),
+        *(gallery_section(gallery) for gallery in images),
         _curves(curves),
         "<div class=charts>",
         _share_table("By digit", figures.get("per_digit", [])),
@@ -95,74 +81,35 @@ def write_report(
         _facts(facts),
         _how_to_open(facts, size),
     ]
-    style = Path(__file__).with_name("report.css").read_text(encoding="utf-8")
-    page = (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Pictures from sentences: digits</title>\n<style>\n{style}</style></head>\n<body>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</body></html>\n"
-    )
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(page, encoding="utf-8")
+    write_page(path, "Pictures from sentences: digits", sections)
 
 
 def _headline(figures: Mapping[str, Any], facts: Mapping[str, Any], size: int) -> str:
     share = figures["consistency"]
     tiles = [
-        _tile("What was asked for", share, f"all three right; real digits {figures['consistency_real']:.3f}"),
-        _tile("Against real digits", figures["consistency_ratio"], "the same judge on both", at_least=0.90),
-        _tile(
+        tile("What was asked for", share, f"all three right; real digits {figures['consistency_real']:.3f}"),
+        tile("Against real digits", figures["consistency_ratio"], "the same judge on both", at_least=0.90),
+        tile(
             "Captions shuffled",
             figures["consistency_shuffled"],
             f"drawing without reading would give {figures['consistency_chance']:.3f}",
         ),
-        _tile(
+        tile(
             "Coverage, against real",
             figures["coverage_ratio"],
             f"{figures['coverage']:.3f} of held-out digits; training digits {figures['coverage_real']:.3f}",
             at_least=0.70,
         ),
-        _tile("Seconds for 100 pictures", figures["seconds_per_100"], "drawing only", digits=1),
+        tile("Seconds for 100 pictures", figures["seconds_per_100"], "drawing only", digits=1),
     ]
     if "data_wait_share" in facts:
-        tiles.append(_tile("Waiting for data", facts["data_wait_share"], "share of training time", at_most=0.02))
+        tiles.append(tile("Waiting for data", facts["data_wait_share"], "share of training time", at_most=0.02))
     intro = (
         f"{figures['count']:,} pictures of {size}×{size} pixels, drawn from sentences about twenty combinations of "
         "digit, ink and paper that no training saw. None was rejected. A classifier that learned from real training "
         "digits reads the strokes; the colours are the nearest named ones."
     )
     return f"<h1>Digits drawn from sentences</h1><p class=quiet>{intro}</p><div class=tiles>{''.join(tiles)}</div>"
-
-
-def _tile(
-    name: str, value: float, note: str, at_least: float | None = None, at_most: float | None = None, digits: int = 3
-) -> str:
-    goal = ""
-    if at_least is not None or at_most is not None:
-        met = value >= at_least if at_least is not None else value <= (at_most or 0.0)
-        text = f"goal at least {at_least:g}" if at_least is not None else f"goal at most {at_most:g}"
-        goal = f'<span class="{"good" if met else "bad"}">{"✓ met" if met else "✗ not met"}: {text}</span>'
-    return f"<div class=tile>{html.escape(name)}<b>{value:.{digits}f}</b><span>{html.escape(note)}</span>{goal}</div>"
-
-
-def _gallery(gallery: Gallery) -> str:
-    figures = []
-    for i, (picture, caption) in enumerate(zip(gallery.pictures, gallery.captions)):
-        fault = f'<span class="bad">✗ {html.escape(gallery.faults[i])}</span>' if i in gallery.faults else ""
-        source = f"data:image/png;base64,{base64.b64encode(_png(picture)).decode()}"
-        text = html.escape(caption)
-        image = f'<img src="{source}" alt="{html.escape(caption, quote=True)}">'
-        figures.append(f"<figure>{image}<figcaption>{text}{fault}</figcaption></figure>")
-    heading = f"<h2>{html.escape(gallery.title)}</h2><p class=quiet>{html.escape(gallery.note)}</p>"
-    wide = gallery.pictures.shape[2] > gallery.pictures.shape[1]
-    return f'{heading}<div class="gallery{" wide" if wide else ""}">{"".join(figures)}</div>'
-
-
-def _png(picture: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _curves(history: Mapping[str, History]) -> str:
@@ -199,17 +146,11 @@ def _time(seconds: Mapping[str, float]) -> str:
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(_text(value))}</td></tr>"
+        f"<tr><td>{html.escape(name.replace('_', ' '))}</td><td>{html.escape(as_text(value))}</td></tr>"
         for name, value in facts.items()
         if name not in _NAMED_FACTS and value is not None
     )
     return f"<h2>About this run</h2><table class=facts>{rows}</table>" if rows else ""
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name}: {_text(part)}" for name, part in value.items())
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _how_to_open(facts: Mapping[str, Any], size: int) -> str:

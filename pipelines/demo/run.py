@@ -137,7 +137,7 @@ def run_demo(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     command = [ldm["model_uri"], "--count", str(count), *EVALUATION]
     figures = stages.run(
         "pictures and judgement",
-        f"python pipelines/evaluate.py {' '.join(command)}",
+        f"python pipelines/demo/judge_model.py {' '.join(command)}",
         lambda: evaluate(command, folder),
     )
     summary = {
@@ -169,12 +169,12 @@ FIGURES = (
 
 
 def evaluate(command: list[str], folder: Path) -> dict[str, Any]:
-    """`evaluate.py` with these arguments, its grid and report in `folder`."""
-    from pipelines.evaluation import argument_parser, evaluate_model
+    """`judge_model.py` with these arguments, its grid and report in `folder`."""
+    from pipelines.demo.judgement import argument_parser, judge_model
 
     files = ["--report", f"{folder}/report.html", "--grid", f"{folder}/grid.png"]
     files += ["--facts", f"{folder}/facts.json", "--history", f"{folder}/history.json"]
-    return evaluate_model(argument_parser().parse_args([*command, *files]))
+    return judge_model(argument_parser().parse_args([*command, *files]))
 
 
 def main() -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
@@ -31,13 +28,13 @@ from rich.table import Table
 
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import members_of
-from infra.errors import BadRequest, RunFailed, main_exit
+from infra.errors import BadRequest, main_exit
 from infra.storage import run_root
 from pipelines.demo.evaluation import kept_out_prompts
 from pipelines.demo.run import Stages, check_overrides, prepare
-from pipelines.training.config import load_config
+from pipelines.training.config import TrainConfig, load_config
 
-DRAWING: dict[str, Any] = {"num_steps": 12, "guidance_scale": 3.5, "sampler": "dpm_solver++"}
+DRAWING: dict[str, Any] = {"num_steps": 10, "guidance_scale": 3.5, "sampler": "dpm_solver++"}
 # Presets and their scripts; those of one dictionary are trained at once, on a core each.
 ENCODERS = {"autoencoder_variants": "train_autoencoder.py", "clip_variants": "train_clip.py"}
 DENOISERS = {"ldm_variants_kl": "train_ldm.py", "ldm_variants_vq": "train_ldm.py"}
@@ -60,7 +57,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
 
     def train(stage: str, presets: dict[str, str]) -> dict[str, dict[str, Any]]:
         typed = " & ".join(f"python pipelines/{script} {name}" for name, script in presets.items())
-        return stages.run(stage, typed, lambda: train_at_once(presets, overrides))
+        return stages.run(stage, typed, lambda: train_at_once({name: configs[name] for name in presets}))
 
     train("autoencoders, text encoder", ENCODERS)
     trained = train("latent diffusion", DENOISERS)
@@ -69,7 +66,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
         for name in trained
         for member in members_of(configs[name].objective)
     }
-    command = f"python pipelines/evaluate.py {root}/RUN/export/STEP/MEMBER --count {count}"
+    command = f"python pipelines/demo/judge_model.py {root}/RUN/export/STEP/MEMBER --count {count}"
     judged = stages.run("pictures and judgement", command, lambda: judge(folders, count))
     rows, pictures = [], {}
     for (name, member), folder in folders.items():
@@ -106,35 +103,16 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     return summary
 
 
-def train_at_once(presets: dict[str, str], overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """Train presets by their scripts, each in a process of its own; the summaries by preset.
+def train_at_once(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
+    """Train presets, each in a thread: their workers are processes anyway; the summaries by preset.
 
-    Raises:
-        RunFailed: one of them did not end well; what is wrong is said above.
+    Raises whatever one of them raises, once all have ended.
     """
-    import ray
+    from pipelines.training.launch import train
 
-    environment = {
-        **os.environ,
-        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,  # all share the Ray of this process
-        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    }
-
-    def train(name: str, summary: Path) -> dict[str, Any]:
-        command = [sys.executable, str(SOURCES / "pipelines" / presets[name]), name, *overrides]
-        # Through a pipe, so that they write lines: two bars would write over each other.
-        with subprocess.Popen(
-            [*command, "--summary", str(summary)], env=environment, stdout=subprocess.PIPE, text=True
-        ) as training:
-            for line in training.stdout or ():
-                print(line, end="", flush=True)
-        if training.returncode:
-            raise RunFailed(f"{name} was not trained: what is wrong is said above")
-        return json.loads(summary.read_text())
-
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(len(presets)) as threads:
-        done = threads.map(train, presets, [Path(folder) / f"{name}.json" for name in presets])
-        return dict(zip(presets, done))
+    with ThreadPoolExecutor(len(configs)) as threads:
+        running = {name: threads.submit(train, config, lines=True) for name, config in configs.items()}
+        return {name: training.result() for name, training in running.items()}
 
 
 def axes(member: LatentDiffusionConfig) -> dict[str, str]:

@@ -70,10 +70,14 @@ _CONSOLE = Console(soft_wrap=True)  # of all displays: the bars of trainings sid
 
 
 class ProgressDisplay:
-    """Shows the board on the terminal until closed: a bar where there is a terminal, else a line now and then."""
+    """Shows the board on the terminal until closed: a bar where there is a terminal, else a line now and then.
 
-    def __init__(self, board: Any, title: str, steps: int) -> None:
+    With `lines` never a bar: two of them would write over each other.
+    """
+
+    def __init__(self, board: Any, title: str, steps: int, lines: bool = False) -> None:
         self._board, self._title, self._steps = board, title, steps
+        self._lines = lines or not _CONSOLE.is_terminal
         self._noted = 0
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
@@ -95,7 +99,7 @@ class ProgressDisplay:
 
     def _show(self) -> None:
         console = _CONSOLE
-        if not console.is_terminal:
+        if self._lines:
             self._show_lines(console)
             return
         columns = (

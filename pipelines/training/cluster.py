@@ -19,6 +19,12 @@ def connect(config: TrainConfig) -> None:
     Raises:
         BadRequest: the workers cannot be placed beside a data task, which would hang without a word.
     """
+    join(local_cpus(config))
+    check_room(config, _resources())
+
+
+def join(cpus: int) -> None:
+    """Join the cluster that RAY_ADDRESS names, else start Ray on this machine with so many logical CPUs at least."""
     import ray
 
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
@@ -34,13 +40,12 @@ def connect(config: TrainConfig) -> None:
             os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [sources, os.environ.get("PYTHONPATH")]))
             ray.init(
                 address="local",
-                num_cpus=local_cpus(config),
+                num_cpus=max(cpus, os.cpu_count() or 1),
                 _node_ip_address="127.0.0.1",  # a Ray of our own is nobody else's: its ports stay on this machine
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-    check_room(config, _resources())
 
 
 def local_cpus(config: TrainConfig) -> int:

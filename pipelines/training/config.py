@@ -18,6 +18,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
 from genmodels.families import ObjectiveConfig, members_of, objective_class
+from genmodels.features.config import FeaturesConfig
 from genmodels.power_ema import exponent
 from infra.errors import BadRequest
 from infra.storage import is_remote, run_root
@@ -187,6 +188,32 @@ class EmaConfig(Section):
         return self
 
 
+class EvaluationConfig(Section):
+    """Pictures drawn from held-out captions during training, and how far they are from real ones."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations, and one at the end; 0: none")
+    count: int = Field(500, ge=2, description="pictures drawn in each")
+    reference_count: int = Field(5000, ge=2, description="real held-out pictures that they are compared with")
+    num_steps: int = Field(20, gt=0, description="of the sampler")
+    guidance_scale: float = Field(2.0, description="1 is no guidance")
+    sampler: Literal["ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral"] = Field(
+        "ddim", description="heun makes two passes a step"
+    )
+    features: FeaturesConfig | None = Field(
+        None, description="what looks at the pictures [a classifier of digits, where data.demo is digits]"
+    )
+
+
+class BestConfig(Section):
+    """Which checkpoint is the best one, which is kept and published, and when training ends for want of a better."""
+
+    metric: str | None = Field(
+        None, description="val_loss, val_frechet_distance or another that is measured now and then; null: none is kept"
+    )
+    better: Literal["lower", "higher"] = Field("lower", description="which way is an improvement")
+    patience: int = Field(0, ge=0, description="measurements without improvement after which training ends; 0: never")
+
+
 class TrackingConfig(Section):
     """MLflow: where runs are recorded and under which name the result is registered."""
 
@@ -218,6 +245,8 @@ class TrainConfig(Section):
     workers: WorkersConfig = WorkersConfig()
     precision: PrecisionConfig = PrecisionConfig()
     ema: EmaConfig = EmaConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    best: BestConfig = BestConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
@@ -243,6 +272,19 @@ class TrainConfig(Section):
                 wrong.append(f"{section}.lora adapts a trained model: name it with run.init_from")
         if self.tracking.register_as is not None and self.objective.kind == "side_by_side":
             wrong.append("tracking.register_as names one model: with objective.kind=side_by_side, leave it null")
+        if self.evaluation.every and data.validation_url is None:
+            wrong.append("evaluation.every needs held-out pictures: name data.validation_url")
+        if self.evaluation.every and self.evaluation.features is None and data.demo != "digits":
+            wrong.append("evaluation.every needs a feature extractor: name evaluation.features.kind and .path")
+        if self.best.patience and self.best.metric is None:
+            wrong.append("best.patience waits for a better best.metric: name one")
+        metric = self.best.metric
+        if metric is not None and (not metric.startswith("val_") or data.validation_url is None):
+            wrong.append(
+                "best.metric is measured on held-out data: a name that begins with val_, and data.validation_url"
+            )
+        if metric == "val_frechet_distance" and not self.evaluation.every:
+            wrong.append("best.metric=val_frechet_distance is measured by evaluation.every: set it")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -266,7 +308,7 @@ class TrainConfig(Section):
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (
     "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
-    "run.validation_samples", "run.audit", "ema.store_every",
+    "run.validation_samples", "run.audit", "ema.store_every", "evaluation", "best",
     "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
     "data.prefetch_batches", "data.max_bad_share", "engine", "engines", "workers", "tracking",
     "precision.compile", "precision.activation_checkpointing", "precision.channels_last",

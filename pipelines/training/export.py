@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,14 @@ from pipelines.training.ema import power_average
 from pipelines.training.engine import freeze, trainable
 from pipelines.training.run_folder import RunFolder
 
+_BUILDING = threading.Lock()
+
 
 def initial_objective(config: TrainConfig, inputs: Path) -> Objective:
     """The objective of a run as its training begins, on the CPU: fresh weights by the run's seed, or those given."""
-    torch.manual_seed(config.run.seed)
-    objective = build_objective(config.objective, inputs)
+    with _BUILDING:  # the seed is of the whole process, and another thread may build another run's
+        torch.manual_seed(config.run.seed)
+        objective = build_objective(config.objective, inputs)
     if (inputs / "init").is_dir():
         objective.load_weights(inputs / "init")
     return objective

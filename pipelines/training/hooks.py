@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -12,20 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from genmodels.objective import Mean
+from genmodels.features.extractor import FeatureExtractor
+from genmodels.objective import Drawing, Mean
 from infra import storage
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
+from pipelines.data.fixed import fixed_batches, read_fixed
 from pipelines.data.index import DatasetIndex
 from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
-from pipelines.data.stream import fixed_batches
 from pipelines.pictures import grid_png
 from pipelines.training.checkpoint import commit_snapshot, prune
 from pipelines.training.config import TrainConfig
+from pipelines.training.evaluation import DrawnPictures
 from pipelines.training.metrics import device_peak_flops, durations, finite, flop_utilisation, memory_mib
 from pipelines.training.run_folder import RunFolder
-from pipelines.training.trainer import Trainer
+from pipelines.training.trainer import Trainer, TrainingStopped
 
 _PROGRESS_SECONDS = 0.3
 
@@ -50,6 +53,7 @@ class RunHooks:
         quarantine: Quarantine,
         bad_samples: int = 0,
         audit: Audit | None = None,
+        extractor: FeatureExtractor | None = None,
     ) -> None:
         self.config, self.folder, self.spec = config, folder, spec
         self.train_index, self.validation_index = train_index, validation_index
@@ -60,16 +64,28 @@ class RunHooks:
         self.shown: dict[str, Any] = {}
         self._shown_at = 0.0
         self._validation: list[RankBatch] | None = None
+        self._extractor = extractor
+        self._drawn: DrawnPictures | None = None
 
-    def after_step(self, trainer: Trainer, step: int) -> None:
+    def after_step(self, trainer: Trainer, step: int) -> bool:
         run = self.config.run
         last = step == run.steps
-        checkpoint = last or step % run.checkpoint_every == 0
-        if checkpoint or step % run.log_every == 0:
+        log = last or step % run.checkpoint_every == 0 or step % run.log_every == 0
+        if log:
             self._log(trainer, step)
+        measured: dict[str, float] = {}
         if self.validation_index is not None and run.validation_samples and (last or step % run.validate_every == 0):
             self._show(step, force=True, doing="validating")
-            self._validate(trainer, step)
+            measured |= self._validate(trainer, step)
+        every = self.config.evaluation.every
+        if every and (last or step % every == 0):
+            self._show(step, force=True, doing="drawing and measuring")
+            measured |= self._evaluate(trainer, step)
+        if measured and self.config.best.metric is not None:
+            last = self._keep_best(trainer, step, measured) or last
+            if last and not log:
+                self._log(trainer, step)
+        checkpoint = last or step % run.checkpoint_every == 0
         figures: dict[str, float] = {}
         if last:
             self._show(step, force=True, doing="measuring")
@@ -84,6 +100,7 @@ class RunHooks:
         if checkpoint:
             self._checkpoint(trainer, step, last, figures)
         self._show(step, force=last)
+        return last
 
     def _log(self, trainer: Trainer, step: int) -> None:
         bad, read = self.quarantine.take()
@@ -118,7 +135,7 @@ class RunHooks:
         dist.all_gather_object(met, self.quarantine.last)
         return self.quarantine.failure(counts, next(filter(None, met), None))
 
-    def _validate(self, trainer: Trainer, step: int) -> None:
+    def _validate(self, trainer: Trainer, step: int) -> dict[str, float]:
         if self._validation is None:
             count = self.config.run.validation_samples
             self._validation = self._fixed_batches(
@@ -128,6 +145,52 @@ class RunHooks:
         if "val_loss" not in metrics:  # nothing was counted, on any rank
             raise self._data_failure("all held-out samples of the validation")
         self._report(step, metrics)
+        return metrics
+
+    def _evaluate(self, trainer: Trainer, step: int) -> dict[str, float]:
+        """The distance of pictures drawn now to real ones."""
+        asked = self.config.evaluation
+        if self._drawn is None:
+            assert self._extractor is not None and self.validation_index is not None
+            self._extractor.to(trainer.device)
+            part = (self.config.rank_micro_batch, self.rank, self.world_size)
+            self._drawn = DrawnPictures(
+                self._extractor,
+                read_fixed(self.validation_index, self.spec, asked.reference_count, *part),
+                self._fixed_batches("held_out", asked.count, *part),
+                Drawing(asked.num_steps, asked.guidance_scale, asked.sampler),
+            )
+        metrics = self._drawn.measure(trainer, step)
+        self._report(step, metrics)
+        return metrics
+
+    def _keep_best(self, trainer: Trainer, step: int, measured: dict[str, float]) -> bool:
+        """Keep this checkpoint where it is the best so far; whether training ends for want of a better one.
+
+        The figures are the same on all ranks, and so is what follows from them.
+        """
+        best = self.config.best
+        if best.metric not in measured:
+            if best.metric in self.shown:
+                return False  # it is measured at other steps
+            raise TrainingStopped(f"best.metric: {best.metric} is not measured, only {', '.join(sorted(measured))}")
+        value, known = measured[best.metric], self.facts.get("best")
+        improved = known is None or (value < known["value"] if best.better == "lower" else value > known["value"])
+        if improved and math.isfinite(value):
+            self.facts["best"] = {"metric": best.metric, "step": step, "value": value, "waited": 0}
+            self._show(step, force=True, doing="saving the best")
+            figures = trainer.finish(self._finish_batches, step)  # what is measured at the end belongs to its weights
+            facts = {name: kept for name, kept in self.facts.items() if name != "marks"}
+            facts |= {"bad_samples": self.bad_samples, "finished": True, "figures": finite(measured | figures)}
+            commit_snapshot(self.folder.best, trainer.snapshot(step, facts))
+            if self.rank == 0:
+                prune(self.folder.best, 1)
+        elif known is not None:
+            self.facts["best"] = {**known, "waited": known["waited"] + 1}
+            if best.patience and known["waited"] + 1 >= best.patience:
+                self.facts["stopped_early"] = best.patience
+                return True
+        return False
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         self.shown |= metrics

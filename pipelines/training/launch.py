@@ -35,8 +35,10 @@ _SHARD_SAMPLES = 1000
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
-def train(config: TrainConfig) -> dict[str, Any]:
+def train(config: TrainConfig, lines: bool = False) -> dict[str, Any]:
     """Carry out (or resume, or report as finished) a training run; returns its summary.
+
+    With `lines` its progress is told in lines, also on a terminal: for several trainings at once, each in a thread.
 
     Raises:
         BadRequest: the request cannot be carried out; nothing was started.
@@ -66,7 +68,7 @@ def train(config: TrainConfig) -> dict[str, Any]:
             if not complete:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-                _fit(config, folder, uri, run_id, lease, started)
+                _fit(config, folder, uri, run_id, lease, started, lines)
             lease.check()
             summary = _publish(config, folder, uri, run_id, index, order)
         except BaseException as error:
@@ -96,6 +98,8 @@ def _finished(
 
 
 def _is_complete(newest: Checkpoint, config: TrainConfig) -> bool:
+    if newest.manifest.get("stopped_early") is not None:
+        return newest.finished and newest.manifest["stopped_early"] == config.best.patience
     return newest.finished and newest.step >= config.run.steps
 
 
@@ -185,7 +189,10 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: Data
     return run_id
 
 
-def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease, started: float) -> None:
+def _fit(
+    config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease, started: float, lines: bool
+) -> None:
+    extractor = _extractor(config)
     marks = {"launch": started, "checks": time.time()}
     cluster.connect(config)
     marks["ray"] = time.time()
@@ -215,6 +222,7 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: L
             "mlflow_run_id": run_id,
             "board": board,
             "marks": marks,
+            "extractor": None if extractor is None else ray.put(extractor),  # checked here, and the same on every node
         },
         torch_config=TorchConfig(backend="nccl" if config.workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -229,7 +237,7 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: L
             failure_config=FailureConfig(max_failures=config.workers.max_failures),
         ),
     )
-    display = ProgressDisplay(board, config.run.name, config.run.steps)
+    display = ProgressDisplay(board, config.run.name, config.run.steps, lines)
     try:
         error = _fit_in_thread(trainer, lease)
     finally:
@@ -240,6 +248,22 @@ def _fit(config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: L
     if cause is not None:
         raise RunFailed(describe_failure(cause)) from error
     raise RunFailed(f"training ended without a worker's report: {error}") from error
+
+
+def _extractor(config: TrainConfig) -> Any:
+    """What looks at pictures drawn during training; None where none are. Raises BadRequest."""
+    if not config.evaluation.every:
+        return None
+    from genmodels.features.extractor import open_extractor
+
+    try:
+        if config.evaluation.features is not None:
+            return open_extractor(config.evaluation.features)
+        from pipelines.demo.classifier import digits_extractor
+
+        return digits_extractor()
+    except ValueError as error:
+        raise BadRequest(f"evaluation.features: {' '.join(str(error).split())}") from None
 
 
 def _fit_in_thread(trainer: Any, lease: Lease) -> Exception | None:
@@ -270,7 +294,8 @@ def _publish(
     newest = checkpoints.newest_verified(folder.checkpoints)
     if newest is None or not newest.finished:
         raise RunFailed(f"the last checkpoint of {folder.url} does not verify: type the same command again")
-    export_url, facts = export_run(folder, newest)
+    published = _to_publish(config, folder, newest)
+    export_url, facts = export_run(folder, published)
     figures = newest.manifest.get("figures", {})
     summary: dict[str, Any] = {
         "run": config.run.name,
@@ -286,6 +311,9 @@ def _publish(
         "model_uri": None,
         "figures": figures,
         "start_seconds": newest.manifest.get("start_seconds", {}),
+        "best": newest.manifest.get("best"),
+        "stopped_early": newest.manifest.get("stopped_early") is not None,
+        "published_step": published.step,
     }
     if config.tracking.register_as is not None:
         from infra.registry import register_export, resolve_model
@@ -295,7 +323,7 @@ def _publish(
             "data_url": config.data.url,
             "git_commit": git_commit(),
             "seed": config.run.seed,
-            "steps": newest.step,
+            "steps": published.step,
             "init_from": config.run.init_from,
             "run_folder": folder.url,
             **parents(folder),
@@ -315,6 +343,16 @@ def _publish(
             lineage,
         )
     return summary
+
+
+def _to_publish(config: TrainConfig, folder: RunFolder, newest: Checkpoint) -> Checkpoint:
+    """The best checkpoint where one is kept, else the last."""
+    if config.best.metric is None or newest.manifest.get("best") is None:
+        return newest
+    best = checkpoints.newest_verified(folder.best)
+    if best is None or best.step != newest.manifest["best"]["step"]:
+        raise RunFailed(f"the best checkpoint of {folder.url}, of step {newest.manifest['best']['step']}, is damaged")
+    return best
 
 
 def git_commit() -> str:

@@ -5,6 +5,7 @@ RUN_ROOT/NAME/config.json     the resolved configuration, as of the last launch
               inputs/         what the objective needs from elsewhere: autoencoder/, tokenizer/, …
               index/          indexes of read-only datasets
               checkpoints/    see checkpoint.py
+              best/           the best checkpoint by best.metric, where it is asked for
               averages/       averages of the weights, stored now and then, where ema.lengths asks for them
               quarantine/     bad samples, as JSON lines
               audit/          every sample seen, where run.audit is on
@@ -42,6 +43,10 @@ class RunFolder:
     @property
     def checkpoints(self) -> str:
         return self.path("checkpoints")
+
+    @property
+    def best(self) -> str:
+        return self.path("best")
 
     @property
     def averages(self) -> str:

@@ -35,7 +35,8 @@ class TrainingStopped(Exception):
 class Hooks(Protocol):
     """What happens around the steps: logging, validation, checkpoints. See `hooks.py`."""
 
-    def after_step(self, trainer: Trainer, step: int) -> None: ...
+    def after_step(self, trainer: Trainer, step: int) -> bool:
+        """Whether it was the last step."""
 
 
 def check_phases(config: TrainConfig, objective: Objective) -> None:
@@ -99,7 +100,8 @@ class Trainer:
                 waited = 0.0
             self.step(step, batch)
             self.throughput.step(self.config.data.global_batch_size, waited)
-            hooks.after_step(self, step + 1)
+            if hooks.after_step(self, step + 1):
+                return
 
     def step(self, step: int, batch: RankBatch) -> None:
         """One step: every phase that runs at it, over all micro-batches."""

@@ -87,6 +87,8 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: int, position: _Position) -> None:
+    import ray
+
     entered = time.time()
     config = TrainConfig.model_validate_json(job["config"])
     folder = RunFolder(job["folder"])
@@ -119,6 +121,8 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         "index_digest": train_index.digest,
         "marks": {**job["marks"], "workers": entered, "building": time.time()},
     }
+    if checkpoint is not None and "best" in checkpoint.manifest:
+        facts["best"] = checkpoint.manifest["best"]
     with ExitStack() as closing:
         logger = None
         if rank == 0:
@@ -141,6 +145,7 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
             quarantine,
             bad_samples=checkpoint.manifest["bad_samples"] if checkpoint is not None else 0,
             audit=audit,
+            extractor=None if job["extractor"] is None else ray.get(job["extractor"]),
         )
 
         def seen(batch: RankBatch) -> None:

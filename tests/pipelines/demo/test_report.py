@@ -4,9 +4,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from pipelines.demo.curves import loss_chart
 from pipelines.demo.evaluation import Evaluation, evaluate_digits
 from pipelines.demo.report import galleries, write_report
+from pipelines.evaluation.charts import loss_chart
 from tests.pipelines.demo.test_judge_and_evaluation import draw_real
 
 

@@ -89,6 +89,7 @@ def _train_and_average(rank: int, world_size: int, stage: int, inputs: Path, fol
     return full_parameters(engine.fragments(), average, engine.named, engine.replicated)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_an_average_of_any_length_is_made_afterwards(inputs: Path, tmp_path: Path, stage: int) -> None:
     expected = on_ranks(2, _train_and_average, stage, inputs, str(tmp_path))[0]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from infra.errors import BadRequest
-from pipelines import evaluate, evaluation
+from pipelines.demo import judge_model, judgement
 from tests.genmodels.tiny import CAPTIONS, diffusion_config, write_inputs
 from tests.pipelines.demo.test_judge_and_evaluation import draw_real
 
@@ -30,13 +30,13 @@ def fake_model(monkeypatch, tmp_path):
     model = SimpleNamespace(draw=draw, conditional=True, image_size=32)
     fake = SimpleNamespace(TextToImage=SimpleNamespace(from_folder=open_model))
     monkeypatch.setitem(sys.modules, "genmodels.diffusion.pipeline", fake)
-    monkeypatch.setattr(evaluation, "find_export", lambda model, uri: tmp_path)
+    monkeypatch.setattr(judgement, "find_export", lambda model, uri: tmp_path)
     return calls
 
 
 def run(monkeypatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    evaluate.main()
+    monkeypatch.setattr(sys, "argv", ["judge_model.py", *arguments])
+    judge_model.main()
 
 
 def test_figures_grid_and_report_are_written(fake_model, monkeypatch, tmp_path):
@@ -76,8 +76,8 @@ def test_bad_requests_say_what_to_do(fake_model, monkeypatch, arguments, said):
 
 def test_help_names_units_and_defaults_without_loading_torch():
     code = (
-        "import sys, runpy; sys.argv = ['evaluate.py', '--help']\n"
-        f"try: runpy.run_path({evaluate.__file__!r}, run_name='__main__')\n"
+        "import sys, runpy; sys.argv = ['judge_model.py', '--help']\n"
+        f"try: runpy.run_path({judge_model.__file__!r}, run_name='__main__')\n"
         "finally: assert 'torch' not in sys.modules"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")

@@ -1,4 +1,4 @@
-"""What `evaluate.py` does once its arguments are read."""
+"""What `judge_model.py` does once its arguments are read."""
 
 from __future__ import annotations
 
@@ -34,11 +34,10 @@ _SHOWN = (
 
 
 def argument_parser(description: str = "") -> argparse.ArgumentParser:
-    """The arguments of `evaluate.py`."""
+    """The arguments of `judge_model.py`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", metavar="MODEL", help="an export's folder, a training run's folder, or models:/NAME/VERSION or @ALIAS")
-    add("--set", default="digits", choices=["digits"], help="what to measure on (default: %(default)s)")
     add("--count", type=int, default=1000, help="pictures to draw, a multiple of 20 (default: %(default)s)")
     add("--seed", type=int, default=0, help="picture i is drawn from seed·count + i (default: %(default)s)")
     add_drawing_arguments(parser)
@@ -61,8 +60,8 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     return parser
 
 
-def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate as `evaluate.py` is asked to; prints and returns the figures, and writes what was asked for.
+def judge_model(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Judge as `judge_model.py` is asked to; prints and returns the figures, and writes what was asked for.
 
     Raises BadRequest for a model, count or file that cannot be used.
     """

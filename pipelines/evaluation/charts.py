@@ -1,10 +1,10 @@
-"""Training curves as inline SVG, in the colours of the page they stand on."""
+"""Curves as inline SVG, in the colours of the page they stand on."""
 
 from __future__ import annotations
 
 import html
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 Points = list[tuple[float, float]]
 
@@ -55,6 +55,51 @@ def loss_chart(title: str, history: list[dict[str, Any]]) -> str:
     keys = "".join(key.format(colour, name, points[-1][1]) for name, colour, points in series)
     picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
     return f'<div class="chart"><h3>{html.escape(title)}</h3>{picture}{keys}</div>'
+
+
+class Point(NamedTuple):
+    """A measured value at a setting, and its interval."""
+
+    setting: float
+    value: float
+    low: float
+    high: float
+
+
+def interval_chart(title: str, setting: str, points: list[Point], chosen: float | None = None) -> str:
+    """A chart of a figure against a setting, its intervals as bars, as HTML; the chosen setting's point is filled.
+
+    Settings stand at equal distances, in order, as they are usually doubled. Intervals without end are not drawn.
+    """
+    points = sorted(points)
+    ends = [end for point in points for end in (point.value, point.low, point.high) if math.isfinite(end)]
+    ticks = _linear_ticks(min(ends), max(ends))
+    low, high = ticks[0], ticks[-1]
+    room = (_WIDTH - _LEFT - _RIGHT) / max(len(points), 1)
+
+    def y(value: float) -> float:
+        value = min(max(value, low), high)
+        return _TOP + (_HEIGHT - _TOP - _BOTTOM) * (1 - (value - low) / ((high - low) or 1))
+
+    parts = []
+    for tick in ticks:
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(tick):.1f}" y2="{y(tick):.1f}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{y(tick) + 4:.1f}" text-anchor="end">{tick:.4g}</text>')
+    places = [(_LEFT + room * (number + 0.5), point) for number, point in enumerate(points)]
+    path = " ".join(f"{x:.1f},{y(point.value):.1f}" for x, point in places)
+    parts.append(f'<polyline class="first" fill="none" stroke-width="2" points="{path}"/>')
+    for number, (x, point) in enumerate(places):
+        if math.isfinite(point.low) and math.isfinite(point.high):
+            parts.append(
+                f'<line class="first" stroke-width="2" x1="{x:.1f}" x2="{x:.1f}" '
+                f'y1="{y(point.low):.1f}" y2="{y(point.high):.1f}"/>'
+            )
+        kind = "first chosen" if point.setting == chosen else "first"
+        parts.append(f'<circle class="{kind}" stroke-width="2" cx="{x:.1f}" cy="{y(point.value):.1f}" r="4"/>')
+        label = f"{point.setting:g}" + (f" {setting}" if number == len(places) - 1 else "")
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 10}" text-anchor="middle">{html.escape(label)}</text>')
+    picture = f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">{"".join(parts)}</svg>'
+    return f'<div class="chart"><h3>{html.escape(title)}</h3>{picture}</div>'
 
 
 def _points(history: list[dict[str, Any]], key: str) -> Points:

@@ -1,0 +1,174 @@
+"""From pictures to features: sources stream through Ray Data actors, each with the extractor, into feature stores.
+
+A block is measured by one actor with one thread of its own, and blocks are written in order: what comes out does not
+depend on the number of actors.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from genmodels.features.extractor import FeatureExtractor
+from genmodels.features.resize import resize
+from pipelines.evaluation.sources import Block, Source
+from pipelines.evaluation.store import FeatureStore, StoreWriter
+
+_THUMBNAIL = 64  # pixels
+
+
+@dataclass(frozen=True)
+class Extractors:
+    """What looks at the pictures: the extractor of the features, and a CLIP for how well sentences fit, if any."""
+
+    features: FeatureExtractor
+    clip: FeatureExtractor | None = None
+
+
+def measure(
+    sources: Mapping[str, Source],
+    folders: Mapping[str, Path],
+    facts: Mapping[str, dict[str, Any]],
+    extractors: Extractors,
+    actors: int,
+    use_gpu: bool = False,
+    progress: Callable[[str, int], None] = lambda name, pictures: None,
+) -> dict[str, FeatureStore]:
+    """Measure every source, each into its folder; Ray is running.
+
+    Args:
+        sources: by name.
+        folders: where each one's store goes.
+        facts: what is written into each store.
+        extractors: sent to every actor as they are, so all use the same weights.
+        actors: processes that measure, one CPU each, or one GPU with `use_gpu`.
+        progress: told the source and how many pictures more are done.
+
+    Raises:
+        BadRequest: a source cannot be read; whatever else an actor raises is raised here.
+    """
+    import ray
+
+    rows = [
+        {"source": name, "start": start, "stop": min(start + source.block, source.count)}
+        for name, source in sources.items()
+        for start in range(0, source.count, source.block)
+    ]
+    writers = {name: StoreWriter(folders[name], source.count) for name, source in sources.items()}
+    shared = ray.put((dict(sources), extractors))
+    stream = _dataset(rows, shared, actors, use_gpu)
+    try:
+        for row in stream.iter_rows():
+            if row["refused"]:
+                from infra.errors import BadRequest
+
+                raise BadRequest(row["refused"])
+            arrays = dict(np.load(io.BytesIO(row["arrays"])))
+            captions, keys = (arrays.pop(name).tolist() for name in ("captions", "keys"))
+            if captions:
+                writers[row["source"]].add(arrays, captions, keys)
+            progress(row["source"], row["stop"] - row["start"])
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, Exception) else error) from None
+    return {name: writer.close(facts[name]) for name, writer in writers.items()}
+
+
+def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool) -> Any:
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions
+
+    context = DataContext.get_current().copy()
+    context.execution_options = ExecutionOptions(preserve_order=True, verbose_progress=False)
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what matters is raised
+    with DataContext.current(context):
+        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Measurer,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=actors),
+            fn_constructor_args=[shared],
+            **({"num_gpus": 1} if use_gpu else {"num_cpus": 1}),
+        )
+
+
+class _Measurer:
+    """One actor: opens a source when its first block comes."""
+
+    def __init__(self, shared: Any) -> None:
+        import ray
+        import torch
+
+        self._cuda = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+        if not self._cuda:
+            torch.set_num_threads(1)
+        self._sources, self._extractors = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
+        self._device = torch.device("cuda" if self._cuda else "cpu")
+        for extractor in (self._extractors.features, self._extractors.clip):
+            if extractor is not None:
+                extractor.to(self._device)
+        self._open: dict[str, Any] = {}
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        from infra.errors import BadRequest
+
+        name, start, stop = str(batch["source"][0]), int(batch["start"][0]), int(batch["stop"][0])
+        told = {"source": [name], "start": [start], "stop": [stop]}
+        try:
+            if name not in self._open:
+                self._open[name] = self._sources[name].open(self._device)
+            block = self._open[name](start, stop)
+        except (BadRequest, ValueError) as error:
+            return {**told, "refused": [str(error)], "arrays": [b""]}
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **measured_rows(block, self._extractors))
+        return {**told, "refused": [""], "arrays": [buffer.getvalue()]}
+
+
+def measured_rows(block: Block, extractors: Extractors) -> dict[str, np.ndarray]:
+    """The rows of a block, by the names of `store.ARRAYS`, and its captions and keys as text."""
+    texts = {"captions": np.array(block.captions, np.str_), "keys": np.array(block.keys, np.str_)}
+    if not len(block.pictures):
+        return texts
+    found = extractors.features(block.pictures)
+    arrays = {
+        "features": found.features.astype(np.float32),
+        "thumbnails": thumbnails(block.pictures),
+        "similarity": pair_similarity(block.pictures),
+    }
+    if found.probabilities is not None:
+        arrays["probabilities"] = found.probabilities.astype(np.float32)
+    if extractors.clip is not None:
+        arrays["embeddings"] = extractors.clip(block.pictures).features.astype(np.float32)
+    return {**texts, **arrays}
+
+
+def thumbnails(pictures: np.ndarray) -> np.ndarray:
+    """Pictures, uint8 (n, height, width, 3), with a longer side of at most 64 pixels."""
+    height, width = pictures.shape[1:3]
+    longer = max(height, width)
+    if longer <= _THUMBNAIL:
+        return pictures
+    small = resize(pictures, max(1, height * _THUMBNAIL // longer), max(1, width * _THUMBNAIL // longer))
+    return small.round().clip(0, 255).astype(np.uint8)
+
+
+def pair_similarity(pictures: np.ndarray) -> np.ndarray:
+    """Multi-scale structural similarity of pictures 0 and 1, 2 and 3, …; NaN at the second of each pair, and at one
+    that is left over; float32 (n,)."""
+    import torch
+
+    from genmodels.metrics.image import ms_ssim
+
+    found = np.full(len(pictures), np.nan, np.float32)
+    pairs = len(pictures) // 2
+    if pairs and min(pictures.shape[1:3]) >= 11:
+        images = torch.from_numpy(np.array(pictures[: 2 * pairs])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found[: 2 * pairs : 2] = ms_ssim(images[::2], images[1::2]).numpy()
+    return found

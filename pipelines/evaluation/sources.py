@@ -1,0 +1,208 @@
+"""Where pictures come from that are measured: a model that draws them, files, or shards of real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from infra.errors import BadRequest
+from pipelines.data.decode import IMAGE_SUFFIXES
+from pipelines.data.fixed import spread_slots
+from pipelines.data.index import DatasetIndex
+from pipelines.data.read import build_batch, read_chunks
+from pipelines.data.seeds import sample_seeds, uniform
+from pipelines.data.spec import BadCaption, SampleSpec
+
+_LANE = -1  # no lane of a training order
+
+
+class Block(NamedTuple):
+    """Neighbouring pictures of a source: uint8 (n, height, width, 3), and a caption and a key for each."""
+
+    pictures: np.ndarray
+    captions: list[str]
+    keys: list[str]
+
+
+Draw = Callable[[int, int], Block]
+
+
+class Source(Protocol):
+    """Pictures by number. It is sent to every process that measures, and opened there."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def block(self) -> int:
+        """How many are measured at once."""
+
+    def open(self, device: Any) -> Draw:
+        """A function of the first number and the one behind the last; what cannot be read is left out."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures that a model draws.
+
+    Args:
+        model: what `infra.registry.resolve_model` opens on any node.
+        tracking_uri: where it is registered.
+        prompts: one for each picture; None for an unconditional model.
+        seeds: one for each.
+        options: of `TextToImage.draw`.
+        precision: fp32, bf16 or auto.
+    """
+
+    model: str
+    tracking_uri: str | None
+    prompts: Sequence[str] | None
+    seeds: Sequence[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    precision: str = "fp32"
+
+    @property
+    def count(self) -> int:
+        return len(self.seeds)
+
+    @property
+    def block(self) -> int:
+        return int(self.options.get("batch_size", 64))
+
+    def open(self, device: Any) -> Draw:
+        model = _opened_model(self.model, self.tracking_uri, self.precision, device)
+
+        def draw(start: int, stop: int) -> Block:
+            prompts = None if self.prompts is None else list(self.prompts[start:stop])
+            seeds = list(self.seeds[start:stop])
+            pictures = model.draw(prompts, seeds, **self.options)
+            return Block(pictures, prompts or [""] * len(seeds), [f"seed {seed}" for seed in seeds])
+
+        return draw
+
+
+_models: dict[tuple[str, str], Any] = {}  # of this process: several sources draw with one
+
+
+def _opened_model(reference: str, tracking_uri: str | None, precision: str, device: Any) -> Any:
+    from genmodels.diffusion.pipeline import TextToImage
+    from infra.registry import resolve_model
+
+    if (reference, precision) not in _models:
+        folder = resolve_model(reference, tracking_uri)
+        _models[reference, precision] = TextToImage.from_folder(folder, device, precision)
+    return _models[reference, precision]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Image files, each with its caption in a `.txt` beside it, where there is one; cut to squares."""
+
+    paths: Sequence[str]
+    image_size: int
+    block: int = 64
+
+    @staticmethod
+    def under(folder: Path, image_size: int) -> Files:
+        """All image files of a folder and those in it. Raises BadRequest where there is none."""
+        names = sorted(str(path) for path in folder.rglob("*") if path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES)
+        if not names:
+            raise BadRequest(f"{folder}: holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
+        return Files(names, image_size)
+
+    @property
+    def count(self) -> int:
+        return len(self.paths)
+
+    @property
+    def captions(self) -> list[str]:
+        """Of all, "" where there is none."""
+        return [_text_beside(Path(path)) for path in self.paths]
+
+    def open(self, device: Any) -> Draw:
+        from pipelines.data.decode import BadImage, decode_image
+
+        def read(start: int, stop: int) -> Block:
+            found = Block(np.empty((0, self.image_size, self.image_size, 3), np.uint8), [], [])
+            pictures = []
+            for name in self.paths[start:stop]:
+                out = np.empty((3, self.image_size, self.image_size), np.uint8)
+                try:
+                    decode_image(Path(name).read_bytes(), self.image_size, out)
+                except (OSError, BadImage) as error:
+                    raise BadRequest(f"{name}: cannot be read as an image ({error})") from error
+                pictures.append(out.transpose(1, 2, 0))
+                found.captions.append(_text_beside(Path(name)))
+                found.keys.append(Path(name).name)
+            return found._replace(pictures=np.stack(pictures))
+
+        return read
+
+
+def _text_beside(path: Path) -> str:
+    beside = path.with_suffix(".txt")
+    return beside.read_text(encoding="utf-8").strip() if beside.is_file() else ""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Real pictures of a dataset: samples spread evenly over it, always the same ones."""
+
+    index: DatasetIndex
+    spec: SampleSpec
+    slots: NDArray[np.int64]
+    block: int = 256
+
+    @staticmethod
+    def spread(index: DatasetIndex, spec: SampleSpec, count: int) -> Shards:
+        """`count` samples, or all where there are fewer."""
+        return Shards(index, spec, spread_slots(index, min(count, index.samples)))
+
+    @property
+    def count(self) -> int:
+        return len(self.slots)
+
+    def open(self, device: Any) -> Draw:
+        def read(start: int, stop: int) -> Block:
+            slots = self.slots[start:stop]
+            table = build_batch(self.index, self.spec, self._chunks(slots), slots, self._seeds(start, stop), 0)
+            good = [not reason for reason in table["reason"].to_pylist()]
+            size = self.spec.image_size
+            pixels = np.stack([np.frombuffer(row, np.uint8) for row in table["image"].to_pylist()])
+            pictures = pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)[good]
+            texts = ([text for text, ok in zip(table[name].to_pylist(), good) if ok] for name in ("caption", "key"))
+            return Block(np.ascontiguousarray(pictures), *texts)
+
+        return read
+
+    def captions(self) -> list[str]:
+        """Of those samples that can be used, in order. Raises BadRequest where there is none."""
+        found = []
+        for start in range(0, self.count, self.block):
+            slots = self.slots[start : start + self.block]
+            chunks = self._chunks(slots)
+            draws = uniform(self._seeds(start, start + len(slots)), "caption")
+            for (shard, chunk, within), draw in zip(slots.tolist(), draws):
+                source = chunks[shard, chunk]
+                if source.reason or source.samples[within].flaw:
+                    continue
+                try:
+                    found.append(self.spec.choose_caption(source.members(within), draw))
+                except BadCaption:
+                    continue
+        if not found:
+            raise BadRequest(
+                f"{self.index.url}: no sample has a caption at {self.spec.caption}: name it with --caption"
+            )
+        return found
+
+    def _chunks(self, slots: NDArray[np.int64]) -> Any:
+        return read_chunks(self.index, {(int(shard), int(chunk)) for shard, chunk, _ in slots})
+
+    def _seeds(self, start: int, stop: int) -> NDArray[np.int64]:
+        return sample_seeds(0, _LANE, np.arange(start, stop))

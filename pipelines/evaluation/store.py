@@ -1,0 +1,90 @@
+"""What was measured of a set of pictures, row by row, in memory-mapped files: all figures are computed from these.
+
+FOLDER/features.npy         float32 (n, dimensions)
+       probabilities.npy    float32 (n, classes), of an extractor that classifies
+       embeddings.npy       float32 (n, dimensions), of a CLIP beside the extractor
+       thumbnails.npy       uint8 (n, side, side, 3), sides of at most 64 pixels
+       similarity.npy       float32 (n,): structural similarity to the other picture of a pair; NaN for the second
+       texts.json           keys and captions
+       facts.json           written last: how many rows, and what they are of
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ARRAYS = ("features", "probabilities", "embeddings", "thumbnails", "similarity")
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Rows of one set. Arrays are memory-mapped: take what is needed of them."""
+
+    folder: Path
+    count: int
+    features: np.ndarray
+    thumbnails: np.ndarray
+    similarity: np.ndarray
+    captions: list[str]
+    keys: list[str]
+    probabilities: np.ndarray | None = None
+    embeddings: np.ndarray | None = None
+
+    @staticmethod
+    def open(folder: Path) -> FeatureStore | None:
+        """What a `StoreWriter` wrote and closed; None where there is none."""
+        if not (folder / "facts.json").is_file():
+            return None
+        count = json.loads((folder / "facts.json").read_text())["count"]
+        arrays = {
+            name: np.load(folder / f"{name}.npy", mmap_mode="r")[:count]
+            for name in ARRAYS
+            if (folder / f"{name}.npy").is_file()
+        }
+        return FeatureStore(folder, count, **arrays, **json.loads((folder / "texts.json").read_text()))
+
+    def facts(self) -> dict[str, Any]:
+        """What was said of it when it was written."""
+        return dict(json.loads((self.folder / "facts.json").read_text()))
+
+
+class StoreWriter:
+    """Writes rows in order, at most `room` of them, into an empty folder."""
+
+    def __init__(self, folder: Path, room: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was not completed
+        folder.mkdir(parents=True)
+        self.folder, self.room, self.count = folder, room, 0
+        self._arrays: dict[str, np.ndarray] = {}
+        self._texts: dict[str, list[str]] = {"captions": [], "keys": []}
+
+    def add(self, arrays: dict[str, np.ndarray], captions: list[str], keys: list[str]) -> None:
+        """Rows of `ARRAYS`, by name, the same ones at each call."""
+        for name, rows in arrays.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.lib.format.open_memmap(
+                    self.folder / f"{name}.npy", "w+", rows.dtype, (self.room, *rows.shape[1:])
+                )
+            self._arrays[name][self.count : self.count + len(rows)] = rows
+        self._texts["captions"] += captions
+        self._texts["keys"] += keys
+        self.count += len(captions)
+
+    def close(self, facts: dict[str, Any]) -> FeatureStore:
+        """Complete it. Raises ValueError where no row was written."""
+        if not self.count:
+            raise ValueError("no picture was measured")
+        for array in self._arrays.values():
+            array.flush()  # type: ignore[attr-defined]
+        self._arrays.clear()
+        (self.folder / "texts.json").write_text(json.dumps(self._texts))
+        (self.folder / "facts.json").write_text(json.dumps({**facts, "count": self.count}, indent=2) + "\n")
+        store = FeatureStore.open(self.folder)
+        assert store is not None
+        return store

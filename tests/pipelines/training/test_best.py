@@ -1,0 +1,191 @@
+"""The best checkpoint, training that ends for want of a better one, and the figure of pictures drawn meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from genmodels.metrics.frechet import sample_frechet_distance
+from genmodels.objective import Drawing
+from infra.errors import BadRequest
+from infra.tracking import metric_history
+from pipelines.data.index import load_index
+from pipelines.data.quarantine import Quarantine
+from pipelines.data.spec import SampleSpec
+from pipelines.demo.classifier import digits_extractor
+from pipelines.training.checkpoint import Snapshot, list_checkpoints
+from pipelines.training.config import TrainConfig, load_config
+from pipelines.training.evaluation import DrawnPictures
+from pipelines.training.hooks import RunHooks
+from pipelines.training.metrics import MeanLog, Throughput
+from pipelines.training.run_folder import RunFolder
+from pipelines.training.trainer import TrainingStopped
+from tests.genmodels import tiny
+from tests.pipelines.data.shards import write_shards
+from tests.pipelines.training.test_hooks import _Board
+from tests.processes import on_ranks
+
+
+class _Trainer:
+    """As much of a trainer as the hooks touch; its validations find what the test says."""
+
+    def __init__(self, losses: dict[int, float]) -> None:
+        self.log, self.throughput, self.device = MeanLog(), Throughput(), torch.device("cpu")
+        self.last: dict[str, float] = {}
+        self.skipped_steps = 0
+        self.phase_seconds: dict[str, float] = {}
+        self.losses = losses
+
+    def validate(self, batches: Any, step: int) -> dict[str, float]:
+        return {"val_loss": self.losses[step]}
+
+    def finish(self, batches: Any, step: int) -> dict[str, float]:
+        return {"measured_at": float(step)}
+
+    def snapshot(self, step: int, facts: dict[str, Any]) -> Snapshot:
+        return Snapshot(step, {}, {**facts, "networks": {}})
+
+
+def run_of(root: Path, **best: Any) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "run": {"name": "r", "steps": 12, "log_every": 1, "checkpoint_every": 6, "validate_every": 2},
+            "data": {"url": str(root / "s"), "validation_url": str(root / "s"), "lanes": 1, "global_batch_size": 2},
+            "objective": tiny.diffusion_config().model_dump(),
+            "best": {"metric": "val_loss", **best},
+        }
+    )
+
+
+def _go(
+    rank: int, world_size: int, root: Path, losses: list[float], best: dict[str, Any], facts: dict[str, Any]
+) -> Any:
+    """Steps until the hooks say that it was the last one; the step, the best checkpoint's, and the last manifest."""
+    config = run_of(root, **best)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"preview_samples": 0})})
+    folder = RunFolder(str(root / "run"))
+    index = load_index(config.data.url, build=False)
+    quarantine = Quarantine(folder.path("quarantine"), 0, 1.0, 2)
+    hooks = RunHooks(config, folder, SampleSpec(8), index, index, None, _Board(), facts, quarantine)
+    trainer: Any = _Trainer(dict(zip(range(2, 13, 2), losses)))
+    try:
+        last = next(step for step in range(1, 13) if hooks.after_step(trainer, step))
+    except TrainingStopped as error:
+        return str(error)
+    kept = list_checkpoints(folder.best)
+    best_manifest = kept[0].manifest if kept else None
+    return last, [c.step for c in kept], best_manifest, list_checkpoints(folder.checkpoints)[0].manifest
+
+
+def go(root: Path, losses: list[float], best: dict[str, Any] | None = None, facts: dict[str, Any] | None = None) -> Any:
+    write_shards(root / "s", 8, 8, chunk_samples=2)
+    return on_ranks(1, _go, root, losses, best or {}, facts or {})[0]
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_kept_and_no_other(tmp_path):
+    last, kept, manifest, newest = go(tmp_path, [5.0, 3.0, 4.0, 2.0, float("nan"), 9.0])
+    assert (last, kept) == (12, [8]) and newest["best"]["value"] == 2.0
+    assert manifest["figures"] == {"val_loss": 2.0, "measured_at": 8.0} and "stopped_early" not in newest
+
+
+@pytest.mark.slow
+def test_higher_can_be_better_and_patience_ends_training(tmp_path):
+    last, kept, _, newest = go(tmp_path, [1.0, 4.0, 3.0, 4.0, 5.0, 6.0], {"better": "higher", "patience": 2})
+    assert (last, kept) == (8, [4]) and newest["finished"] and newest["stopped_early"] == 2
+    assert newest["best"] == {"metric": "val_loss", "step": 4, "value": 4.0, "waited": 2}
+
+
+@pytest.mark.slow
+def test_what_was_best_before_a_restart_stays_so(tmp_path):
+    known = {"metric": "val_loss", "step": 2, "value": 0.5, "waited": 1}
+    last, kept, _, newest = go(tmp_path, [5.0] * 6, {"patience": 4}, {"best": known})
+    assert (last, kept) == (6, []) and newest["best"] == {**known, "waited": 4}
+
+
+@pytest.mark.slow
+def test_a_metric_that_is_never_measured_stops_with_those_that_are(tmp_path):
+    assert "val_typo is not measured, only val_loss" in go(tmp_path, [1.0] * 6, {"metric": "val_typo"})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["best.metric=loss"], "measured on held-out data"),
+        (["best.metric=val_frechet_distance"], "set it"),
+        (["best.patience=3"], "best.patience waits"),
+        (["evaluation.every=5", "data.demo=null"], "name evaluation.features"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_anything_starts(overrides, said):
+    with pytest.raises(BadRequest, match=said):
+        load_config("ldm_demo", overrides)
+
+
+class _Drawer:
+    """Stands in for a trainer whose objective draws pictures from the seeds alone."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.objective = self
+
+    def with_ema(self) -> Any:
+        return torch.no_grad()
+
+    autocast = with_ema
+
+    def to_device(self, batch: Any, step: int) -> Any:
+        return batch
+
+    def draw(self, batch: Any, drawing: Drawing) -> torch.Tensor:
+        pictures = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(int(s))) for s in batch["seeds"]]
+        return torch.stack(pictures) * 2 - 1
+
+
+def _batch(first: int, last: int, weight: float = 1.0) -> Any:
+    images = torch.stack([torch.full((3, 8, 8), 10 * n, dtype=torch.uint8) for n in range(first, last)])
+    return {"images": images, "seeds": torch.arange(first, last), "weight": torch.full((last - first,), weight)}
+
+
+def _distance(rank: int, world_size: int) -> float:
+    share = 12 // world_size
+    mine = [_batch(rank * share, (rank + 1) * share), _batch(0, 3, weight=0.0)]
+    drawn = DrawnPictures(digits_extractor(), mine, mine, Drawing())
+    trainer: Any = _Drawer()
+    return drawn.measure(trainer, 1)["val_frechet_distance"]
+
+
+@pytest.mark.slow
+def test_the_distance_is_that_of_all_pictures_at_any_number_of_ranks():
+    batch, extractor = _batch(0, 12), digits_extractor()
+    pixels = ((_Drawer().draw(batch, Drawing()) + 1) * 127.5).round().to(torch.uint8)
+    features = [
+        extractor(np.ascontiguousarray(p.permute(0, 2, 3, 1).numpy())).features for p in (pixels, batch["images"])
+    ]
+    expected = sample_frechet_distance(*features)
+    for world_size in (1, 2):
+        assert on_ranks(world_size, _distance) == pytest.approx([expected] * world_size, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_run_that_measures_what_it_draws_publishes_its_best_checkpoint(train, run_root, shards):
+    overrides = [
+        "run.name=measured", "run.steps=9", f"data.validation_url={shards}", "run.validate_every=3",
+        "run.validation_samples=16", "evaluation.every=3", "evaluation.count=16", "evaluation.reference_count=32",
+        "evaluation.num_steps=2", "evaluation.features={kind: classifier, path: pipelines/demo/digits_classifier}",
+        "best.metric=val_frechet_distance",
+    ]  # fmt: skip
+    summary = train(*overrides)
+    rows = metric_history(summary["tracking_uri"], summary["mlflow_run_id"], ["val_frechet_distance"])
+    assert [row["step"] for row in rows] == [3, 6, 9]
+    best = min(rows, key=lambda row: row["val_frechet_distance"])
+    assert summary["published_step"] == best["step"] == summary["best"]["step"]
+    assert summary["best"]["value"] == best["val_frechet_distance"] and summary["export"].endswith(
+        f"{best['step']:08d}"
+    )
+    assert train(*overrides)["outcome"] == "already finished"

@@ -10,8 +10,8 @@ from infra.errors import BadRequest
 SAMPLERS = ("ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral")
 
 
-def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add sampler, steps, guidance, batch size and precision."""
+def add_drawing_arguments(parser: argparse.ArgumentParser, precision: str = "fp32") -> None:
+    """Add sampler, steps, guidance, batch size and precision, which is `precision` where nothing is said."""
     add = parser.add_argument
     add("--num-steps", type=int, default=20, help="denoiser steps for each picture (default: %(default)s)")
     add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
@@ -33,7 +33,12 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", default="ddim", choices=SAMPLERS, help="heun makes two passes a step (default: %(default)s)")
     add("--eta", type=float, default=0.0, help="of ddim: share of fresh noise, 0 to 1 (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="pictures drawn at once; it changes none (default: %(default)s)")
-    add("--precision", default="fp32", choices=["fp32", "bf16", "auto"], help="of the U-Net (default: %(default)s)")
+    add(
+        "--precision",
+        default=precision,
+        choices=["fp32", "bf16", "auto"],
+        help="of the U-Net; auto: bf16 where the device is fast at it (default: %(default)s)",
+    )
 
 
 def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:

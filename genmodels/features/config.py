@@ -34,7 +34,7 @@ class ClipFeatures(Section):
     """The image embedding of a CLIP (Radford et al. 2021); it also embeds sentences."""
 
     kind: Literal["clip"] = "clip"
-    path: str = Field(description="folder or hub name of a transformers CLIPModel")
+    path: str = Field(description="folder or hub name of a transformers CLIPModel, or an export of train_clip.py")
 
 
 FeaturesConfig = Annotated[

@@ -82,6 +82,8 @@ def open_extractor(config: FeaturesConfig, device: torch.device | str = "cpu") -
     device = torch.device(device)
     if isinstance(config, ClassifierFeatures):
         return _Classifier(Path(config.path), device)
+    if isinstance(config, ClipFeatures) and (Path(config.path) / "clip.json").is_file():
+        return _OwnClip(Path(config.path), device)
     if isinstance(config, InceptionFeatures):
         return _Inception(Path(config.path), device)
     try:
@@ -166,6 +168,25 @@ class _Clip(_Pretrained):
         ).to(self.device)
         pooled = network.text_model(**read).pooler_output
         return network.text_projection(pooled).cpu().numpy()
+
+
+class _OwnClip(FeatureExtractor):
+    """A pair of encoders that this project trained."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from genmodels.clip.objective import open_pair
+
+        self._pair = open_pair(folder)
+        shape = self._pair.config
+        super().__init__("clip", self._pair.clip, shape.image_size, shape.embedding_dim, device)
+
+    def _features(self, images: Tensor) -> Features:
+        embedded = self._pair.clip.image_encoder(images / 127.5 - 1)
+        return Features(nn.functional.normalize(embedded.float(), dim=1).cpu().numpy())
+
+    @torch.inference_mode()
+    def texts(self, sentences: Sequence[str]) -> np.ndarray:
+        return self._pair.embed_texts(list(sentences)).cpu().numpy()
 
 
 def _pixel_statistics(path: str) -> tuple[list[float], list[float]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.linalg import eigvalsh
 from scipy.linalg.blas import dsyrk
 
 _ROWS = 4096  # of features that are made float64 at once
@@ -117,6 +118,18 @@ class Gaussian:
         traces = np.trace(self.covariance) + np.trace(other.covariance)
         distance = np.square(self.mean - other.mean).sum() + traces - 2.0 * cross
         return max(float(distance), 0.0)  # rounding may leave -1e-15 for equal Gaussians
+
+    def quick_distance(self, covered: Gaussian) -> float:
+        """The distance to `covered` from eigenvalues alone: several times as fast where one Gaussian is asked for many.
+
+        The trace of (Σ_a Σ_b)^½ is the sum of the roots of the eigenvalues of L_aᵀ Σ_b L_a. Roots of what is rounded to
+        nearly zero keep half the digits: for differences of distances, as `jackknife` takes them.
+        """
+        if self.mean.shape != covered.mean.shape:
+            raise ValueError(f"shapes differ: {self.mean.shape} against {covered.mean.shape}")
+        roots = np.sqrt(eigvalsh(self.factor.T @ covered.covariance @ self.factor, check_finite=False).clip(min=0.0))
+        traces = np.trace(self.covariance) + np.trace(covered.covariance)
+        return float(np.square(self.mean - covered.mean).sum() + traces - 2.0 * roots.sum())
 
 
 def frechet_distance(mean_a: np.ndarray, cov_a: np.ndarray, mean_b: np.ndarray, cov_b: np.ndarray) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,12 @@ def follow_captions(pictures: np.ndarray, captions: list[str]) -> dict[str, np.n
     Raises ValueError for a caption that is none of the digits'.
     """
     wanted = [parse_caption(caption) for caption in captions]
-    return correct(Judge.train(pictures.shape[1])(np.ascontiguousarray(pictures)), wanted)
+    return correct(_judge(pictures.shape[1])(np.ascontiguousarray(pictures)), wanted)
+
+
+@cache
+def _judge(size: int) -> Judge:
+    return Judge.train(size)
 
 
 def mean_coverage(held_out: np.ndarray, features: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:

@@ -31,7 +31,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     )
     add("--count", type=int, default=2000, help="pictures to draw (default: %(default)s)")
     add("--seed", type=int, default=0, help="picture i is drawn from seed·count + i (default: %(default)s)")
-    add_drawing_arguments(parser)
+    add_drawing_arguments(parser, precision="auto")
     add("--data", metavar="URL", help="shards of real pictures that no training saw (default: the run's held-out ones)")
     add("--training-data", metavar="URL", help="shards of the training, to find copies (default: the run's)")
     add(
@@ -46,7 +46,8 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         help=f"what looks at the pictures: {', '.join(_KINDS)} and where it is, as dinov2:facebook/dinov2-base, or "
         "digits (default: digits for the demo's data)",
     )
-    add("--clip", metavar="PATH", help="folder or hub name of a CLIP, for how well captions fit")
+    add("--clip", metavar="PATH", help="folder, hub name or models:/NAME of a CLIP, for how well captions fit")
+    add("--lpips", metavar="FILE", help="VGG-16 and LPIPS weights (safetensors), to measure an autoencoder with")
     add("--curve-steps", default="5,10,40", metavar="N,N", help="other numbers of steps (default: %(default)s)")
     add("--curve-guidance", default="1,3,5", metavar="S,S", help="other guidance scales (default: %(default)s)")
     add("--curve-count", type=int, default=100, help="pictures at each of them; 0: no curves (default: %(default)s)")
@@ -93,6 +94,7 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
             data_count=arguments.data_count,
             features=arguments.features,
             clip=arguments.clip,
+            perceptual=arguments.lpips,
             curve_settings=settings,
             curve_count=arguments.curve_count,
             actors=arguments.actors,

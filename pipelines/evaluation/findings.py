@@ -43,7 +43,7 @@ def findings(measured: Measured) -> list[Finding]:
         if figure is None or real is None or _high(figure) >= _SHORTFALL * real:
             continue
         if kind not in {finding.kind for finding in found}:
-            found.append(Finding(kind, f"{figure.value:.0%} {what}. Real pictures reach {real:.0%}."))  # type: ignore[arg-type]
+            found.append(Finding(kind, f"{figure.value:.0%} {what}. Of real ones it would be {real:.0%}."))  # type: ignore[arg-type]
     alike, real = figures.get("ms_ssim"), measured.real.get("ms_ssim")
     if alike is not None and real is not None and _low(alike) > _ALIKE * real + 0.02:
         found.append(

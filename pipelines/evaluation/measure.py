@@ -61,7 +61,8 @@ def measure(
         for start in range(0, source.count, source.block)
     ]
     writers = {name: StoreWriter(folders[name], source.count) for name, source in sources.items()}
-    shared = ray.put((dict(sources), extractors))
+    # Not an argument of the actors that measure: Ray would warn that one which restarts might miss it.
+    shared = ray.remote(_Shared).options(num_cpus=0).remote(dict(sources), extractors)
     stream = _dataset(rows, shared, actors, use_gpu)
     try:
         for row in stream.iter_rows():
@@ -98,6 +99,16 @@ def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool
         )
 
 
+class _Shared:
+    """Holds what every actor needs."""
+
+    def __init__(self, sources: dict[str, Source], extractors: Extractors) -> None:
+        self._held = sources, extractors
+
+    def read(self) -> tuple[dict[str, Source], Extractors]:
+        return self._held
+
+
 class _Measurer:
     """One actor: opens a source when its first block comes."""
 
@@ -108,7 +119,7 @@ class _Measurer:
         self._cuda = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not self._cuda:
             torch.set_num_threads(1)
-        self._sources, self._extractors = ray.get(shared) if isinstance(shared, ray.ObjectRef) else shared
+        self._sources, self._extractors = ray.get(shared.read.remote())
         self._device = torch.device("cuda" if self._cuda else "cpu")
         for extractor in (self._extractors.features, self._extractors.clip):
             if extractor is not None:
@@ -146,7 +157,7 @@ def measured_rows(block: Block, extractors: Extractors) -> dict[str, np.ndarray]
         arrays["probabilities"] = found.probabilities.astype(np.float32)
     if extractors.clip is not None:
         arrays["embeddings"] = extractors.clip(block.pictures).features.astype(np.float32)
-    return {**texts, **arrays}
+    return {**texts, **arrays, **(block.scores or {})}
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from pipelines.evaluation.findings import Finding
 from pipelines.evaluation.page import Gallery, as_text, gallery_section, tile, write_page
 from pipelines.evaluation.slices import Slice
 
-_SHOWN, _PAIRS = 32, 16
+_SHOWN, _PAIRS, _SLICES = 32, 16, 20
 
 MEANINGS: dict[str, str] = {
     "frechet_distance": "Fréchet distance of the features to held-out real pictures; 0 is equal",
@@ -30,6 +30,9 @@ MEANINGS: dict[str, str] = {
     "inception_score": "sure of each picture's class and of many classes; it never sees real pictures",
     "ms_ssim": "structural similarity of two pictures; higher than real ones, and they are too much alike",
     "copy_share": f"share nearer to a training picture than {1 - COPY_QUANTILE:.0%} of real held-out pictures are",
+    "psnr": "peak signal-to-noise ratio of reconstructions, in decibels",
+    "ssim": "structural similarity of reconstructions and originals; 1 is equal",
+    "lpips": "learned perceptual distance of reconstructions and originals; 0 is equal",
     "caption_consistency": "share that show all that their captions say",
     "clip_score": "100 · cosine of picture and caption in CLIP's space",
 }
@@ -132,6 +135,8 @@ def _slices(slices: Mapping[str, Sequence[Slice]]) -> str:
     for title, rows in slices.items():
         if not rows:
             continue
+        if len(rows) > _SLICES:
+            title, rows = f"{title}, the {_SLICES} lowest", rows[:_SLICES]
         columns = [column for column in rows[0].shares if any(column in row.shares for row in rows)]
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
         body = "".join(
@@ -197,7 +202,7 @@ def _interval(figure: Figure) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits that count, or three decimals of what is about 1."""
-    if 0.01 <= abs(value) < 10 or value == 0:
-        return f"{value:.3f}"
-    return f"{value:.3g}"
+    """Three digits of what is large, three decimals of what is about 1, four of what is small."""
+    if abs(value) >= 10:
+        return f"{value:.3g}"
+    return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4f}"

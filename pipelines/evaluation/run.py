@@ -21,6 +21,7 @@ from genmodels.metrics.figure import Conditions
 from genmodels.metrics.intervals import mean_interval, share_interval
 from genmodels.metrics.text import clip_scores
 from infra.errors import BadRequest
+from infra.registry import resolve_model
 from infra.storage import run_root
 from pipelines.evaluation.charts import Point
 from pipelines.evaluation.figures import Measured, Reader, Sets, kernel_interval, measure_figures
@@ -29,7 +30,7 @@ from pipelines.evaluation.measure import Extractors, measure
 from pipelines.evaluation.references import Reference, data_of, find_reference
 from pipelines.evaluation.report import Curve, write_report
 from pipelines.evaluation.slices import by_class, by_word
-from pipelines.evaluation.sources import Drawn, Files, Source
+from pipelines.evaluation.sources import Drawn, Files, Reconstructed, Shards, Source
 from pipelines.evaluation.store import FeatureStore
 from pipelines.evaluation.subject import Subject, find_subject
 from pipelines.training import cluster
@@ -53,6 +54,7 @@ class Request:
     data_count: int = 10_000
     features: str | None = None
     clip: str | None = None
+    perceptual: str | None = None
     curve_settings: Mapping[str, list[Any]] = field(default_factory=dict)
     curve_count: int = 0
     actors: int | None = None
@@ -81,6 +83,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     clock = _Clock()
     subject = find_subject(request.model, request.tracking_uri)
+    if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():
+        raise BadRequest(f"--lpips {request.perceptual}: there is no such file")
     extractors, reader = _extractors(request, subject)
     references = _references(request, subject, extractors)
     out = request.out or run_root() / "evaluation" / _folder_name(subject)
@@ -157,7 +161,10 @@ def _extractors(request: Request, subject: Subject) -> tuple[Extractors, Reader 
     try:
         clip = None
         if request.clip is not None:
-            clip = open_extractor(TypeAdapter(FeaturesConfig).validate_python({"kind": "clip", "path": request.clip}))
+            folder = request.clip
+            if folder.startswith("models:"):
+                folder = str(resolve_model(folder, request.tracking_uri))
+            clip = open_extractor(TypeAdapter(FeaturesConfig).validate_python({"kind": "clip", "path": folder}))
         if kind == "digits":
             from pipelines.demo.classifier import digits_extractor
             from pipelines.demo.evaluation import follow_captions
@@ -194,6 +201,10 @@ def _generated(request: Request, subject: Subject, held_out: Reference) -> Sourc
     """Where the pictures come from that are measured."""
     if subject.reference is None:
         return Files.under(subject.folder, held_out.shards.spec.image_size)
+    if subject.kind == "autoencoder":
+        index, spec = held_out.shards.index, held_out.shards.spec
+        originals = Shards.spread(index, spec, request.count)
+        return Reconstructed(subject.reference, subject.tracking_uri, originals, request.perceptual)
     prompts = None
     if subject.conditional:
         captions = held_out.shards.captions()

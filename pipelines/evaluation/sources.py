@@ -22,11 +22,13 @@ _LANE = -1  # no lane of a training order
 
 
 class Block(NamedTuple):
-    """Neighbouring pictures of a source: uint8 (n, height, width, 3), and a caption and a key for each."""
+    """Neighbouring pictures of a source: uint8 (n, height, width, 3), a caption and a key for each, and what else is
+    known of each by one of the names `store.SCORES`, float32 (n,)."""
 
     pictures: np.ndarray
     captions: list[str]
     keys: list[str]
+    scores: dict[str, np.ndarray] | None = None
 
 
 Draw = Callable[[int, int], Block]
@@ -175,8 +177,10 @@ class Shards:
             size = self.spec.image_size
             pixels = np.stack([np.frombuffer(row, np.uint8) for row in table["image"].to_pylist()])
             pictures = pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)[good]
-            texts = ([text for text, ok in zip(table[name].to_pylist(), good) if ok] for name in ("caption", "key"))
-            return Block(np.ascontiguousarray(pictures), *texts)
+            captions, keys = (
+                [text for text, ok in zip(table[name].to_pylist(), good) if ok] for name in ("caption", "key")
+            )
+            return Block(np.ascontiguousarray(pictures), captions, keys)
 
         return read
 
@@ -206,3 +210,55 @@ class Shards:
 
     def _seeds(self, start: int, stop: int) -> NDArray[np.int64]:
         return sample_seeds(0, _LANE, np.arange(start, stop))
+
+
+@dataclass(frozen=True)
+class Reconstructed:
+    """Real pictures as an autoencoder gives them back, with their distances from the originals.
+
+    Args:
+        model, tracking_uri: as of `Drawn`.
+        shards: the originals.
+        perceptual: file with VGG-16 and LPIPS weights; None: no learned distance.
+        block: how many at once.
+    """
+
+    model: str
+    tracking_uri: str | None
+    shards: Shards
+    perceptual: str | None = None
+    block: int = 64
+
+    @property
+    def count(self) -> int:
+        return self.shards.count
+
+    def open(self, device: Any) -> Draw:
+        import torch
+
+        from genmodels.autoencoder.codec import LatentCodec
+        from genmodels.autoencoder.perceptual import PerceptualDistance
+        from genmodels.metrics.image import psnr, ssim
+        from infra.registry import resolve_model
+
+        codec = LatentCodec.from_folder(resolve_model(self.model, self.tracking_uri)).to(device)
+        distance = None if self.perceptual is None else PerceptualDistance.from_file(Path(self.perceptual)).to(device)
+        read = self.shards.open(device)
+
+        @torch.inference_mode()
+        def rebuild(start: int, stop: int) -> Block:
+            originals = read(start, stop)
+            if not len(originals.pictures):
+                return originals
+            images = torch.from_numpy(originals.pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+            rebuilt = ((codec.decode(codec.encode(images)).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+            scores = {"psnr": psnr(rebuilt, images), "ssim": ssim(rebuilt, images)}
+            if distance is not None:
+                scores["lpips"] = distance(rebuilt, images)
+            pixels = ((rebuilt + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+            return originals._replace(
+                pictures=np.ascontiguousarray(pixels.cpu().numpy()),
+                scores={name: values.float().cpu().numpy() for name, values in scores.items()},
+            )
+
+        return rebuild

@@ -5,6 +5,7 @@ FOLDER/features.npy         float32 (n, dimensions)
        embeddings.npy       float32 (n, dimensions), of a CLIP beside the extractor
        thumbnails.npy       uint8 (n, side, side, 3), sides of at most 64 pixels
        similarity.npy       float32 (n,): structural similarity to the other picture of a pair; NaN for the second
+       psnr.npy, ssim.npy, lpips.npy   float32 (n,), of reconstructions against their originals
        texts.json           keys and captions
        facts.json           written last: how many rows, and what they are of
 """
@@ -19,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-ARRAYS = ("features", "probabilities", "embeddings", "thumbnails", "similarity")
+SCORES = ("psnr", "ssim", "lpips")
+ARRAYS = ("features", "probabilities", "embeddings", "thumbnails", "similarity", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class FeatureStore:
     keys: list[str]
     probabilities: np.ndarray | None = None
     embeddings: np.ndarray | None = None
+    psnr: np.ndarray | None = None
+    ssim: np.ndarray | None = None
+    lpips: np.ndarray | None = None
 
     @staticmethod
     def open(folder: Path) -> FeatureStore | None:

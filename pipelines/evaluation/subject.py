@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
-from genmodels.diffusion.layout import class_names, image_condition, takes_prompts
+from genmodels.diffusion.layout import image_condition, takes_prompts
 from infra import storage
 from infra.errors import BadRequest
 from infra.exports import export_kind, folder_digest
@@ -23,10 +23,11 @@ from pipelines.training.run_folder import RunFolder
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that draws, or a folder of pictures.
+    """A model that draws, an autoencoder, or a folder of pictures.
 
     Attributes:
         name: as it was asked for.
+        kind: text_to_image, autoencoder or pictures.
         folder: the local export, or the pictures.
         reference: what `resolve_model` opens on any node; None for pictures.
         digest: of the export's files; None for pictures.
@@ -36,10 +37,11 @@ class Subject:
         run_id: the MLflow run that trained it, where it is known.
         step: of the training, 0 where it is not known.
         conditional: whether it draws from captions; pictures may have some.
-        image_size: of what it draws; 0 for pictures.
+        image_size: of what it draws; 0 where any is possible.
     """
 
     name: str
+    kind: str
     folder: Path
     reference: str | None = None
     digest: str | None = None
@@ -59,21 +61,23 @@ def find_subject(reference: str, tracking_uri: str | None = None) -> Subject:
         BadRequest: there is nothing of that name, or it is a model that draws nothing.
     """
     if _is_pictures(reference):
-        return Subject(reference, Path(reference).expanduser().absolute())
+        return Subject(reference, "pictures", Path(reference).expanduser().absolute())
     folder = resolve_reference(reference, str(run_root()), tracking_uri)
-    if (kind := export_kind(folder)) != "text_to_image":
-        raise BadRequest(f"{reference} is of kind {kind}, which draws nothing by itself; name a diffusion model")
+    kind = export_kind(folder)
+    if kind not in ("text_to_image", "autoencoder"):
+        raise BadRequest(f"{reference} is of kind {kind}: only diffusion models and autoencoders give pictures")
     if (told := image_condition(folder)) is not None:
         raise BadRequest(f"{reference} draws from an image ({told['kind']}), and is evaluated on none so far")
     run = None if reference.startswith("models:") else _run_of(folder, reference)
     config = _config_beside(folder) if run is None else run.config()
     known = Subject(
         name=reference,
+        kind=kind,
         folder=folder,
         reference=reference if storage.is_remote(reference) and run is None else str(folder),
         digest=folder_digest(folder),
         config=config,
-        conditional=takes_prompts(folder) or class_names(folder) is not None,
+        conditional=takes_prompts(folder),
         image_size=_image_size(folder) if config is None else config.objective.image_size,
     )
     if run is not None:
@@ -100,7 +104,9 @@ def find_subject(reference: str, tracking_uri: str | None = None) -> Subject:
 
 
 def _image_size(folder: Path) -> int:
-    """Of an export whose training is not known."""
+    """Of an export whose training is not known; 0 of an autoencoder, which takes any."""
+    if export_kind(folder) == "autoencoder":
+        return 0
     from genmodels.diffusion.pipeline import TextToImage
 
     try:

@@ -81,3 +81,12 @@ def test_sums_of_parts_are_those_of_the_whole_in_any_order():
     np.testing.assert_allclose(whole.gaussian().mean, features.astype(np.float64).mean(0), rtol=1e-12)
     with pytest.raises(ValueError, match="NaN"):
         whole.add(np.full((1, 7), np.nan))
+
+
+@pytest.mark.parametrize("samples", [400, 20])
+def test_the_quick_distance_is_the_distance_also_of_singular_covariances(samples):
+    rng = np.random.default_rng(0)
+    a, b = (FeatureSums.of(rng.normal(size=(samples, 40)) * scale).gaussian() for scale in (1.0, 1.5))
+    assert a.quick_distance(b) == pytest.approx(a.distance(b), rel=1e-6)
+    with pytest.raises(ValueError, match="shapes differ"):
+        a.quick_distance(FeatureSums.of(rng.normal(size=(9, 3))).gaussian())

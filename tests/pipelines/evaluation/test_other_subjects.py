@@ -1,0 +1,74 @@
+"""What is measured of autoencoders, and of pictures and captions by a CLIP, without Ray: one block at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from genmodels.autoencoder.codec import LatentCodec
+from genmodels.families import build_objective
+from genmodels.features.config import ClipFeatures
+from genmodels.features.extractor import open_extractor
+from genmodels.metrics.figure import Conditions
+from pipelines.data.index import load_index
+from pipelines.data.spec import SampleSpec
+from pipelines.demo.classifier import digits_extractor
+from pipelines.evaluation.figures import Sets, measure_figures
+from pipelines.evaluation.measure import Extractors, measured_rows
+from pipelines.evaluation.sources import Block, Reconstructed, Shards
+from pipelines.evaluation.store import FeatureStore, StoreWriter
+from tests.genmodels import tiny
+from tests.pipelines.training import small_run
+
+
+def stored(block: Block, folder: Path, extractors: Extractors) -> FeatureStore:
+    writer = StoreWriter(folder, len(block.pictures))
+    rows = measured_rows(block, extractors)
+    texts = [rows.pop(name).tolist() for name in ("captions", "keys")]
+    writer.add(rows, *texts)
+    return writer.close({})
+
+
+@pytest.fixture
+def shards(tmp_path) -> Shards:
+    small_run.write_digits(str(tmp_path / "shards"), 40)
+    return Shards.spread(load_index(str(tmp_path / "shards")), SampleSpec(16), 40)
+
+
+def test_reconstructions_are_the_codecs_and_scored_against_their_originals(shards, tmp_path):
+    tiny.write_inputs(tmp_path / "inputs")
+    folder = tmp_path / "inputs" / "autoencoder"
+    block = Reconstructed(str(folder), None, shards).open("cpu")(0, 40)
+    originals = shards.open("cpu")(0, 40).pictures
+    images = torch.from_numpy(originals).permute(0, 3, 1, 2).float() / 127.5 - 1
+    codec = LatentCodec.from_folder(folder)
+    with torch.no_grad():
+        rebuilt = ((codec.decode(codec.encode(images)).clamp(-1, 1) + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1)
+    assert np.abs(block.pictures.astype(int) - rebuilt).max() <= 1
+    error = np.square((block.pictures.astype(float) - originals) / 127.5).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(block.scores["psnr"], 10 * np.log10(4 / error), rtol=1e-4)
+    extractors = Extractors(digits_extractor())
+    held_out = stored(shards.open("cpu")(0, 40), tmp_path / "held_out", extractors)
+    sets = Sets(stored(block, tmp_path / "rebuilt", extractors), held_out)
+    found = {figure.name: figure for figure in measure_figures(sets, Conditions(count=40)).figures}
+    assert found["psnr"].value == pytest.approx(float(block.scores["psnr"].mean())) and found["psnr"].better == "higher"
+    assert -1 <= found["ssim"].value < 1 and "lpips" not in found
+
+
+def test_a_clip_of_ones_own_scores_captions(shards, tmp_path):
+    torch.manual_seed(0)
+    inputs = tiny.write_inputs(tmp_path / "inputs")
+    build_objective(tiny.clip_config(), inputs).export(tmp_path / "clip")
+    clip = open_extractor(ClipFeatures(path=str(tmp_path / "clip")))
+    block = shards.open("cpu")(0, 40)
+    extractors = Extractors(digits_extractor(), clip)
+    store = stored(block, tmp_path / "store", extractors)
+    assert store.embeddings is not None and np.allclose(np.linalg.norm(store.embeddings, axis=1), 1, atol=1e-5)
+    texts = clip.texts(block.captions)
+    found = measure_figures(Sets(store, store), Conditions(count=40), text_embeddings=texts)
+    expected = np.clip((store.embeddings * texts).sum(axis=1), 0, None).mean() * 100
+    assert found.value("clip_score") == pytest.approx(expected, rel=1e-4)
+    assert 0 <= found.value("retrieval_of_40") <= 1

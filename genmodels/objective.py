@@ -135,6 +135,11 @@ class Objective:
         conditioned on and from `batch["seeds"]`; None of an objective that draws nothing."""
         return None
 
+    @property
+    def draws(self) -> bool:
+        """Whether `draw` draws."""
+        return type(self).draw is not Objective.draw
+
     def finish(self, batches: Iterable[Batch]) -> dict[str, float]:
         """After the last step, with EMA weights: measure what the export needs (latent statistics, say).
 

@@ -23,6 +23,8 @@ from genmodels.features.config import (
 from genmodels.features.resize import resize
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # Radford et al.'s own pictures
+_SENTENCES = 256  # that are embedded at once
 
 
 class Features(NamedTuple):
@@ -72,8 +74,13 @@ class FeatureExtractor:
         """Of images, float32 (n, 3, size, size) in [0, 255]."""
         raise TypeError
 
+    @torch.inference_mode()
     def texts(self, sentences: Sequence[str]) -> np.ndarray:
         """Embeddings of sentences in the space of the pictures, float32 (n, dimensions). Raises ValueError if none."""
+        parts = [list(sentences[start : start + _SENTENCES]) for start in range(0, len(sentences), _SENTENCES)]
+        return np.concatenate([self._texts(part).cpu().numpy() for part in parts])
+
+    def _texts(self, sentences: list[str]) -> Tensor:
         raise ValueError(f"features of kind {self.kind!r} have no side for text: use kind clip")
 
 
@@ -125,7 +132,7 @@ class _Pretrained(FeatureExtractor):
     """A network of transformers, with the mean and deviation of its pixels that its folder tells."""
 
     def __init__(self, kind: str, network: Any, path: str, size: int, dimensions: int, device: torch.device) -> None:
-        mean, deviation = _pixel_statistics(path)
+        mean, deviation = _pixel_statistics(path, _CLIP if kind == "clip" else _IMAGENET)
         super().__init__(kind, network, size, dimensions, device, f"{mean} {deviation}")
         self._mean, self._deviation = (torch.tensor(v).view(3, 1, 1) for v in (mean, deviation))
 
@@ -159,15 +166,14 @@ class _Clip(_Pretrained):
         pooled = network.vision_model(pixel_values=self._pixels(images)).pooler_output
         return Features(network.visual_projection(pooled).cpu().numpy())
 
-    @torch.inference_mode()
-    def texts(self, sentences: Sequence[str]) -> np.ndarray:
+    def _texts(self, sentences: list[str]) -> Tensor:
         network: Any = self.network
         length = network.config.text_config.max_position_embeddings
         read = self.tokenizer(
-            list(sentences), padding="max_length", truncation=True, max_length=length, return_tensors="pt"
+            sentences, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
         ).to(self.device)
         pooled = network.text_model(**read).pooler_output
-        return network.text_projection(pooled).cpu().numpy()
+        return network.text_projection(pooled)
 
 
 class _OwnClip(FeatureExtractor):
@@ -184,17 +190,16 @@ class _OwnClip(FeatureExtractor):
         embedded = self._pair.clip.image_encoder(images / 127.5 - 1)
         return Features(nn.functional.normalize(embedded.float(), dim=1).cpu().numpy())
 
-    @torch.inference_mode()
-    def texts(self, sentences: Sequence[str]) -> np.ndarray:
-        return self._pair.embed_texts(list(sentences)).cpu().numpy()
+    def _texts(self, sentences: list[str]) -> Tensor:
+        return self._pair.embed_texts(sentences)
 
 
-def _pixel_statistics(path: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of a channel's values in [0, 1], as the folder tells, or ImageNet's where it does not."""
+def _pixel_statistics(path: str, usual: tuple[Sequence[float], Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Mean and deviation of a channel's values in [0, 1], as the folder tells, or the usual where it does not."""
     from transformers.image_processing_base import ImageProcessingMixin  # its classes would need torchvision
 
     try:
         told, _ = ImageProcessingMixin.get_image_processor_dict(path)
     except (OSError, ValueError):
         told = {}
-    return list(told.get("image_mean", _IMAGENET[0])), list(told.get("image_std", _IMAGENET[1]))
+    return list(told.get("image_mean", usual[0])), list(told.get("image_std", usual[1]))

@@ -23,6 +23,7 @@ class Conditions(Section):
     clip: str | None = Field(None, description="digest of the CLIP that gave the embeddings of captions")
     data: str | None = Field(None, description="digest of the real pictures that they were compared with")
     data_count: int | None = Field(None, description="of those")
+    training_count: int | None = Field(None, description="of those")
     training_data: str | None = Field(None, description="digest of the training pictures among which copies are sought")
 
 

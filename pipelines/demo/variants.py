@@ -10,8 +10,8 @@ import argparse
 import json
 import multiprocessing
 import sys
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -110,9 +110,24 @@ def train_at_once(configs: dict[str, TrainConfig]) -> dict[str, dict[str, Any]]:
     """
     from pipelines.training.launch import train
 
-    with ThreadPoolExecutor(len(configs)) as threads:
-        running = {name: threads.submit(train, config, lines=True) for name, config in configs.items()}
-        return {name: training.result() for name, training in running.items()}
+    done: dict[str, dict[str, Any] | BaseException] = {}
+
+    def run(name: str, config: TrainConfig) -> None:
+        try:
+            done[name] = train(config, lines=True)
+        except BaseException as error:
+            done[name] = error
+
+    # Daemons: a keyboard interrupt ends this process without waiting for them.
+    threads = [threading.Thread(target=run, args=each, name=each[0], daemon=True) for each in configs.items()]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for result in done.values():
+        if isinstance(result, BaseException):
+            raise result
+    return {name: result for name, result in done.items() if not isinstance(result, BaseException)}
 
 
 def axes(member: LatentDiffusionConfig) -> dict[str, str]:

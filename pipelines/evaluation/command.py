@@ -72,6 +72,8 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise BadRequest(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if 0 < arguments.curve_count < 10:
+        raise BadRequest(f"--curve-count must be 0 or at least 10, not {arguments.curve_count}")
     settings = {
         "num_steps": _numbers("--curve-steps", arguments.curve_steps, int),
         "guidance_scale": _numbers("--curve-guidance", arguments.curve_guidance, float),
@@ -103,6 +105,7 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
         )
     )
     show(summary)
+    write_summary(arguments.summary, summary)
     if earlier is not None:
         summary["against"] = show_against(summary["figures"], earlier)
     write_summary(arguments.summary, summary)

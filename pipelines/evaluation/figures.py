@@ -6,12 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+from scipy.special import xlogy
 
-from genmodels.metrics.classes import inception_score
 from genmodels.metrics.copies import Nearest, nearest
 from genmodels.metrics.coverage import balls
 from genmodels.metrics.figure import Conditions, Figure
@@ -98,7 +97,7 @@ def measure_figures(
     rows = [_some(store.count, count, seed) for seed, store in enumerate((generated, held_out))]
     own, real = generated.features[rows[0]], held_out.features[rows[1]]
     precise, recalled = _neighbour_figures(table, own, real)
-    strange = nearest(generated.features, real).distance
+    strange = nearest(generated.features, held_out.features).distance
     measured = Measured(table.figures, table.real, rows[0], rows[1], precise, recalled, strange)
 
     if generated.probabilities is not None:
@@ -151,8 +150,7 @@ def frechet_interval(features: np.ndarray, real: Gaussian, blocks: int | None = 
         blocks: 2 to 50; as many as there are samples at most [20, or 10 where a distance costs seconds].
     """
     blocks = blocks or min(20 if features.shape[1] <= _WIDE else 10, len(features) // 2)
-    edges = np.linspace(0, len(features), blocks + 1).astype(int)
-    parts = [FeatureSums.of(features[start:stop]) for start, stop in pairwise(edges)]
+    parts = [FeatureSums.of(features[rows]) for rows in _blocks(len(features), blocks)]
     whole = total(parts)
     without = [real.quick_distance((whole - part).gaussian()) for part in parts]
     found, exact = jackknife(real.quick_distance(whole.gaussian()), without), whole.gaussian().distance(real)
@@ -163,7 +161,8 @@ def frechet_interval(features: np.ndarray, real: Gaussian, blocks: int | None = 
 def kernel_interval(features: np.ndarray, real: np.ndarray, block: int | None = None) -> Interval:
     """The kernel distance of equal numbers of features, from disjoint blocks [ten, of at most 1,000 samples each]."""
     number = min(len(features), len(real))  # blocks of equal size, each of which fits into memory
-    features, real = (each[_some(len(each), number, 4)] if len(each) > number else each for each in (features, real))
+    rng = np.random.default_rng(4)
+    features, real = (each[rng.permutation(len(each))[:number]] for each in (features, real))
     values = kernel_distances(features, real, block=block or max(2, min(_KERNEL_BLOCK, number // 10)))
     return mean_interval(values) if len(values) > 1 else Interval(float(values[0]), -math.inf, math.inf, 0.0)
 
@@ -183,11 +182,9 @@ def _against_training(table: _Table, measured: Measured, sets: Sets) -> None:
     """The distance to training data, and copies of it."""
     generated, held_out, training = sets.generated, sets.held_out, sets.training
     assert training is not None
-    table.add(
-        "frechet_distance_training",
-        frechet_interval(generated.features, FeatureSums.of(training.features).gaussian()),
-        "lower",
-    )
+    few = training.features[_some(training.count, min(training.count, held_out.count), 7)]  # as many as held-out ones
+    against = FeatureSums.of(few).gaussian()
+    table.add("frechet_distance_training", frechet_interval(generated.features, against), "lower")
     measured.copies = nearest(generated.features, training.features)
     real = nearest(held_out.features[measured.held_out_rows], training.features).distance
     measured.copy_threshold = float(np.quantile(real, COPY_QUANTILE))
@@ -216,11 +213,20 @@ def real_in_its_place(sets: Sets, count: int) -> dict[str, float]:
 
 
 def _inception(probabilities: np.ndarray | None) -> Interval:
+    """The Inception score from sums over blocks: log of it is the mean of Σ p log p less Σ p̄ log p̄."""
     assert probabilities is not None
-    blocks = min(20, len(probabilities) // 2)
-    edges = np.linspace(0, len(probabilities), blocks + 1).astype(int)
-    without = [inception_score(np.delete(probabilities, slice(start, stop), axis=0)) for start, stop in pairwise(edges)]
-    return jackknife(inception_score(probabilities), without)
+    sums = []
+    for rows in _blocks(len(probabilities), min(20, len(probabilities) // 2)):
+        part = np.asarray(probabilities[rows], dtype=np.float64)
+        sums.append((len(part), part.sum(axis=0), xlogy(part, part).sum()))
+
+    def score(parts: list[tuple[int, np.ndarray, float]]) -> float:
+        count, mass, inner = (sum(values) for values in zip(*parts))
+        mean = mass / count
+        return float(np.exp(inner / count - xlogy(mean, mean).sum()))
+
+    without = [score(sums[:number] + sums[number + 1 :]) for number in range(len(sums))]
+    return jackknife(score(sums), without)
 
 
 def _pairs(store: FeatureStore) -> np.ndarray:
@@ -230,6 +236,11 @@ def _pairs(store: FeatureStore) -> np.ndarray:
 
 def _share(right: np.ndarray) -> Interval:
     return share_interval(int(right.sum()), len(right))
+
+
+def _blocks(count: int, blocks: int) -> list[np.ndarray]:
+    """All rows, in blocks of equal size drawn at random: neighbouring rows may be alike, as those of one class."""
+    return [np.sort(rows) for rows in np.array_split(np.random.default_rng(6).permutation(count), blocks)]
 
 
 def _some(total_count: int, count: int, seed: int) -> np.ndarray:

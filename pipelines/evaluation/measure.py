@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,13 @@ import numpy as np
 
 from genmodels.features.extractor import FeatureExtractor
 from genmodels.features.resize import resize
+from infra.errors import BadRequest
 from pipelines.evaluation.sources import Block, Source
 from pipelines.evaluation.store import FeatureStore, StoreWriter
 
 _THUMBNAIL = 64  # pixels
+_MOST_UNUSED = 0.01  # of the samples of a dataset
+_PAIR_PIXELS = 1 << 22  # of the pairs whose similarity is computed at once
 
 
 @dataclass(frozen=True)
@@ -64,20 +68,39 @@ def measure(
     # Not an argument of the actors that measure: Ray would warn that one which restarts might miss it.
     shared = ray.remote(_Shared).options(num_cpus=0).remote(dict(sources), extractors)
     stream = _dataset(rows, shared, actors, use_gpu)
+    unused: dict[str, list[str]] = {name: [] for name in sources}
+    told = {name: dict(facts[name]) for name in sources}
     try:
         for row in stream.iter_rows():
+            name = row["source"]
             if row["refused"]:
-                from infra.errors import BadRequest
-
                 raise BadRequest(row["refused"])
             arrays = dict(np.load(io.BytesIO(row["arrays"])))
-            captions, keys = (arrays.pop(name).tolist() for name in ("captions", "keys"))
+            captions, keys, reasons = (arrays.pop(text).tolist() for text in ("captions", "keys", "unused"))
             if captions:
-                writers[row["source"]].add(arrays, captions, keys)
-            progress(row["source"], row["stop"] - row["start"])
+                writers[name].add(arrays, captions, keys)
+            unused[name] += reasons
+            if row["precision"]:
+                told[name]["precision"] = row["precision"]
+            progress(name, row["stop"] - row["start"])
+        for name, reasons in unused.items():
+            _check_unused(name, reasons, sources[name].count)
+        return {name: writer.close({**told[name], "unused": unused[name]}) for name, writer in writers.items()}
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, Exception) else error) from None
-    return {name: writer.close(facts[name]) for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.discard()
+
+
+def _check_unused(name: str, reasons: list[str], count: int) -> None:
+    """Tell of samples that cannot be used. Raises BadRequest where they are more than a few."""
+    if not reasons:
+        return
+    what = f"{name.replace('_', '-')}: {len(reasons)} of {count} samples cannot be used, the first: {reasons[0]}"
+    if len(reasons) > max(3, _MOST_UNUSED * count):
+        raise BadRequest(what)
+    print(f"note: {what}", file=sys.stderr, flush=True)
 
 
 def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool) -> Any:
@@ -88,6 +111,7 @@ def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool
     context.execution_options = ExecutionOptions(preserve_order=True, verbose_progress=False)
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # not that some function failed, but how
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # what matters is raised
     with DataContext.current(context):
         return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
@@ -127,8 +151,6 @@ class _Measurer:
         self._open: dict[str, Any] = {}
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
-        from infra.errors import BadRequest
-
         name, start, stop = str(batch["source"][0]), int(batch["start"][0]), int(batch["stop"][0])
         told = {"source": [name], "start": [start], "stop": [stop]}
         try:
@@ -136,10 +158,11 @@ class _Measurer:
                 self._open[name] = self._sources[name].open(self._device)
             block = self._open[name](start, stop)
         except (BadRequest, ValueError) as error:
-            return {**told, "refused": [str(error)], "arrays": [b""]}
-        buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, **measured_rows(block, self._extractors))
-        return {**told, "refused": [""], "arrays": [buffer.getvalue()]}
+            return {**told, "refused": [str(error)], "arrays": [b""], "precision": [""]}
+        buffer, rows = io.BytesIO(), measured_rows(block, self._extractors)
+        np.savez(buffer, unused=np.array(block.unused, np.str_), **rows)  # type: ignore[arg-type]
+        precision = getattr(self._open[name], "precision", "")
+        return {**told, "refused": [""], "arrays": [buffer.getvalue()], "precision": [precision]}
 
 
 def measured_rows(block: Block, extractors: Extractors) -> dict[str, np.ndarray]:
@@ -157,7 +180,7 @@ def measured_rows(block: Block, extractors: Extractors) -> dict[str, np.ndarray]
         arrays["probabilities"] = found.probabilities.astype(np.float32)
     if extractors.clip is not None:
         arrays["embeddings"] = extractors.clip(block.pictures).features.astype(np.float32)
-    return {**texts, **arrays, **(block.scores or {})}
+    return {**texts, **arrays, **block.scores}
 
 
 def thumbnails(pictures: np.ndarray) -> np.ndarray:
@@ -178,8 +201,12 @@ def pair_similarity(pictures: np.ndarray) -> np.ndarray:
     from genmodels.metrics.image import ms_ssim
 
     found = np.full(len(pictures), np.nan, np.float32)
-    pairs = len(pictures) // 2
-    if pairs and min(pictures.shape[1:3]) >= 11:
-        images = torch.from_numpy(np.array(pictures[: 2 * pairs])).permute(0, 3, 1, 2).float() / 127.5 - 1
-        found[: 2 * pairs : 2] = ms_ssim(images[::2], images[1::2]).numpy()
+    height, width = pictures.shape[1:3]
+    if min(height, width) < 11:
+        return found
+    at_once = max(2, 2 * (_PAIR_PIXELS // (height * width) // 2))
+    for start in range(0, len(pictures) - 1, at_once):
+        part = pictures[start : min(start + at_once, len(pictures) // 2 * 2)]
+        images = torch.from_numpy(np.array(part)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found[start : start + len(part) : 2] = ms_ssim(images[::2], images[1::2]).numpy()
     return found

@@ -15,7 +15,7 @@ from pipelines.evaluation.charts import Point, interval_chart
 from pipelines.evaluation.figures import COPY_QUANTILE, Measured, Sets
 from pipelines.evaluation.findings import Finding
 from pipelines.evaluation.page import Gallery, as_text, gallery_section, tile, write_page
-from pipelines.evaluation.slices import Slice
+from pipelines.evaluation.slices import BY_WORD, Slice
 
 _SHOWN, _PAIRS, _SLICES = 32, 16, 20
 
@@ -135,7 +135,7 @@ def _slices(slices: Mapping[str, Sequence[Slice]]) -> str:
     for title, rows in slices.items():
         if not rows:
             continue
-        if len(rows) > _SLICES:
+        if len(rows) > _SLICES and title == BY_WORD:
             title, rows = f"{title}, the {_SLICES} lowest", rows[:_SLICES]
         columns = [column for column in rows[0].shares if any(column in row.shares for row in rows)]
         head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
@@ -176,7 +176,8 @@ def _copies(sets: Sets, measured: Measured) -> Gallery:
         side_by_side.append(np.concatenate([own, gap, theirs], axis=1))
         titles.append(f"distance {measured.copies.distance[row]:.3g}")
     note = (
-        "Generated on the left, the nearest training picture on the right, the closest pairs first. "
+        f"Generated on the left, the nearest of {sets.training.count:,} training pictures on the right, the closest "
+        "pairs first. "
         f"{COPY_QUANTILE:.0%} of real held-out pictures are nearer than {measured.copy_threshold:.3g}."
     )
     return Gallery("Nearest training pictures", note, np.stack(side_by_side), titles)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
@@ -21,6 +23,7 @@ from genmodels.metrics.figure import Conditions
 from genmodels.metrics.intervals import mean_interval, share_interval
 from genmodels.metrics.text import clip_scores
 from infra.errors import BadRequest
+from infra.mlflow_store import check_tracking
 from infra.registry import resolve_model
 from infra.storage import run_root
 from pipelines.evaluation.charts import Point
@@ -29,12 +32,13 @@ from pipelines.evaluation.findings import findings
 from pipelines.evaluation.measure import Extractors, measure
 from pipelines.evaluation.references import Reference, data_of, find_reference
 from pipelines.evaluation.report import Curve, write_report
-from pipelines.evaluation.slices import by_class, by_word
+from pipelines.evaluation.slices import BY_CLASS, BY_WORD, by_class, by_word
 from pipelines.evaluation.sources import Drawn, Files, Reconstructed, Shards, Source
 from pipelines.evaluation.store import FeatureStore
 from pipelines.evaluation.subject import Subject, find_subject
 from pipelines.training import cluster
 
+_FEWEST = 10  # pictures of a set
 _SETTINGS = {"num_steps": "steps", "guidance_scale": "guidance"}
 
 
@@ -88,8 +92,11 @@ def evaluate(request: Request) -> dict[str, Any]:
     extractors, reader = _extractors(request, subject)
     references = _references(request, subject, extractors)
     out = request.out or run_root() / "evaluation" / _folder_name(subject)
-    sources: dict[str, Source] = {"generated": _generated(request, subject, references["held_out"])}
-    generated = sources["generated"]
+    generated = _generated(request, subject, references["held_out"])
+    _check_counts(generated, references)
+    if reader is not None and not _readable(generated, references["held_out"]):
+        reader = None
+    sources: dict[str, Source] = {"generated": generated}
     curves = _curve_sources(request, generated) if isinstance(generated, Drawn) else {}
     sources |= {name: source for found in curves.values() for name, source in found.items()}
     folders = {name: out / "pictures" / name for name in sources}
@@ -102,10 +109,9 @@ def evaluate(request: Request) -> dict[str, Any]:
             sources[name], folders[name], facts[name] = reference.shards, reference.folder, reference.facts()
     clock.lap("checks")
     actors, use_gpu = _connect(request)
-    if subject.reference is None or not subject.reference.startswith("models:"):
-        cluster.check_shared(subject.reference or str(subject.folder), request.model)
+    _check_nodes(request, subject, references)
     clock.lap("ray")
-    with _progress(sources) as (bar, rows):
+    with _Bars(sources) as (bar, rows):
 
         def done(name: str, pictures: int) -> None:
             bar.advance(rows[name], pictures)
@@ -116,13 +122,11 @@ def evaluate(request: Request) -> dict[str, Any]:
     sets = Sets(stores["generated"], stores["held_out"], stores.get("training"))
     conditions = _conditions(request, sources["generated"], extractors, references, sets)
     texts = None
-    if extractors.clip is not None and any(sets.generated.captions):
+    if extractors.clip is not None and all(sets.generated.captions):
         texts = extractors.clip.texts(sets.generated.captions)
-    if reader is not None and not all(sets.generated.captions):
-        reader = None
     measured = measure_figures(sets, conditions, reader, texts)
     found = findings(measured)
-    slices = {"By word of the caption": by_word(sets, measured), "By class of the extractor": by_class(sets, measured)}
+    slices = {BY_WORD: by_word(sets, measured), BY_CLASS: by_class(sets, measured)}
     drawn_curves = _curves(request, curves, stores, sets, reader, extractors)
     clock.lap("figures")
     facts_told = {"model": request.model, "digest of the model": subject.digest, "pictures": str(out / "pictures")}
@@ -144,7 +148,10 @@ def evaluate(request: Request) -> dict[str, Any]:
     summary["seconds"] = round(time.perf_counter() - clock.began, 1)
     Path(summary["figures_file"]).write_text(json.dumps(summary, indent=2) + "\n")
     if request.log:
-        _log(subject, measured, out)
+        try:
+            _log(subject, measured, out)
+        except Exception as error:  # whatever MLflow and what is between raise: the work is done, and is not lost
+            raise BadRequest(f"figures and report are in {out}, but MLflow did not take them: {error}") from error
     return summary
 
 
@@ -175,6 +182,30 @@ def _extractors(request: Request, subject: Subject) -> tuple[Extractors, Reader 
         raise BadRequest(f"--features or --clip: {' '.join(str(error).split())}") from None
 
 
+def _check_counts(generated: Source, references: Mapping[str, Reference]) -> None:
+    """Raises BadRequest where there are too few pictures for figures."""
+    for name, count in [("pictures", generated.count), *((n, r.shards.count) for n, r in references.items())]:
+        if count < _FEWEST:
+            raise BadRequest(f"{name.replace('_', '-')}: {count} are too few to measure; at least {_FEWEST} are needed")
+
+
+def _readable(generated: Source, held_out: Reference) -> bool:
+    """Whether all captions are sentences about digits, so that it can be read whether they are followed."""
+    from pipelines.demo.digits import parse_caption
+
+    asked = generated.prompts if isinstance(generated, Drawn) else None
+    if isinstance(generated, Files):
+        asked = generated.captions
+    if asked is None or held_out.shards.spec.caption is None:
+        return False
+    try:
+        for caption in {*asked, *held_out.shards.captions()}:
+            parse_caption(caption)
+    except ValueError:
+        return False
+    return True
+
+
 def _named(text: str) -> FeatureExtractor:
     kind, _, path = text.partition(":")
     try:
@@ -188,7 +219,7 @@ def _references(request: Request, subject: Subject, extractors: Extractors) -> d
     """Held-out data, and those of the training where they are known."""
     data, training = data_of(subject, request.data, request.training_data)
     caption = request.caption
-    if caption is None and subject.conditional:
+    if caption is None and subject.kind == "text_to_image" and subject.conditional:
         caption = (None if subject.config is None else subject.config.data.caption) or "txt"
     size = subject.image_size or extractors.features.size
     found = {"held_out": find_reference(data, size, caption, request.data_count, extractors)}
@@ -207,10 +238,16 @@ def _generated(request: Request, subject: Subject, held_out: Reference) -> Sourc
         return Reconstructed(subject.reference, subject.tracking_uri, originals, request.perceptual)
     prompts = None
     if subject.conditional:
-        captions = held_out.shards.captions()
-        prompts = [captions[i % len(captions)] for i in range(request.count)]
+        prompts = spread_prompts(held_out.shards.captions(), request.count)
     seeds = [request.seed * request.count + i for i in range(request.count)]
     return Drawn(subject.reference, subject.tracking_uri, prompts, seeds, dict(request.options), request.precision)
+
+
+def spread_prompts(captions: Sequence[str], count: int) -> list[str]:
+    """`count` of the captions, spread evenly over them (each as often as any other), in a fixed random order: the first
+    few stand for all."""
+    places = np.arange(count) * len(captions) // count if count <= len(captions) else np.arange(count) % len(captions)
+    return [captions[place] for place in np.random.default_rng(0).permutation(places)]
 
 
 def _curve_sources(request: Request, generated: Drawn) -> dict[str, dict[str, Drawn]]:
@@ -246,7 +283,7 @@ def _connect(request: Request) -> tuple[int, bool]:
     return actors, gpus > 0
 
 
-class _progress:
+class _Bars:
     """A bar for what is drawn and one for each set of real pictures."""
 
     def __init__(self, sources: Mapping[str, Source]) -> None:
@@ -278,10 +315,13 @@ def _conditions(
     drawn: dict[str, Any] = {}
     if isinstance(generated, Drawn):
         options = dict(generated.options)
-        drawn = {"seed": request.seed, "precision": _precision(request.precision)}
+        drawn = {"seed": request.seed, "precision": sets.generated.facts().get("precision")}
         drawn |= {name: options.pop(name) for name in ("sampler", "num_steps", "guidance_scale")}
         options.pop("batch_size", None)  # it changes no picture
         drawn["options"] = {name: json.dumps(v) if isinstance(v, (tuple, list)) else v for name, v in options.items()}
+    if request.perceptual is not None:
+        with Path(request.perceptual).expanduser().open("rb") as file:
+            drawn["options"] = {"lpips": hashlib.file_digest(file, "sha256").hexdigest()[:16]}
     training = references.get("training")
     return Conditions(
         count=sets.generated.count,
@@ -290,16 +330,19 @@ def _conditions(
         data=references["held_out"].digest,
         data_count=sets.held_out.count,
         training_data=None if training is None else training.digest,
+        training_count=None if sets.training is None else sets.training.count,
         **drawn,
     )
 
 
-def _precision(asked: str) -> str:
-    import torch
-
-    from genmodels.precision import resolve_precision
-
-    return resolve_precision(asked, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def _check_nodes(request: Request, subject: Subject, references: Mapping[str, Reference]) -> None:
+    """Raises BadRequest where several nodes would have to share what only one of them has."""
+    if subject.reference is None or not subject.reference.startswith("models:"):
+        cluster.check_shared(subject.reference or str(subject.folder), request.model)
+    for name, reference in references.items():
+        cluster.check_shared(reference.shards.index.url, f"{name.replace('_', '-')} data")
+    if subject.tracking_uri is not None:
+        check_tracking(subject.tracking_uri, cluster.node_count())
 
 
 def _curves(
@@ -328,7 +371,7 @@ def _curves(
             read = {s: reader(store.thumbnails[:few], store.captions[:few])["all"] for s, store in settings.items()}
             points = {setting: share_interval(int(right.sum()), few) for setting, right in read.items()}
             found.append((f"Captions followed, by {title} (higher is better)", option, points, chosen, few))
-        elif extractors.clip is not None and any(sets.generated.captions):
+        elif extractors.clip is not None and all(sets.generated.captions):
             texts = extractors.clip.texts(sets.generated.captions[:few])
             points = {
                 setting: mean_interval(clip_scores(store.embeddings[:few], texts))

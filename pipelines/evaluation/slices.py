@@ -10,6 +10,7 @@ import numpy as np
 
 from pipelines.evaluation.figures import Measured, Sets
 
+BY_WORD, BY_CLASS = "By word of the caption", "By class of the extractor"
 _LEAST, _MOST_SHARE, _MOST_WORDS = 20, 0.9, 40
 _WORD = re.compile(r"[^\W_]+")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,16 +20,20 @@ from pipelines.data.seeds import sample_seeds, uniform
 from pipelines.data.spec import BadCaption, SampleSpec
 
 _LANE = -1  # no lane of a training order
+_BLOCK_PIXELS = 1 << 22  # of pictures that are read or rebuilt at once
+_ROUNDING_DECIBELS = 58.9  # 10 log₁₀(2² / ((2/255)²/12)): no reconstruction in 8 bits is known to be better
 
 
 class Block(NamedTuple):
     """Neighbouring pictures of a source: uint8 (n, height, width, 3), a caption and a key for each, and what else is
-    known of each by one of the names `store.SCORES`, float32 (n,)."""
+    known of each by one of the names `store.SCORES`, float32 (n,). `unused` says why each of those was left out that
+    cannot be used."""
 
     pictures: np.ndarray
     captions: list[str]
     keys: list[str]
-    scores: dict[str, np.ndarray] | None = None
+    scores: Mapping[str, np.ndarray] = MappingProxyType({})
+    unused: Sequence[str] = ()
 
 
 Draw = Callable[[int, int], Block]
@@ -74,7 +79,7 @@ class Drawn:
 
     @property
     def block(self) -> int:
-        return int(self.options.get("batch_size", 64))
+        return 2 * max(32, -(-int(self.options.get("batch_size", 64)) // 2))  # even: whole pairs
 
     def open(self, device: Any) -> Draw:
         model = _opened_model(self.model, self.tracking_uri, self.precision, device)
@@ -85,6 +90,7 @@ class Drawn:
             pictures = model.draw(prompts, seeds, **self.options)
             return Block(pictures, prompts or [""] * len(seeds), [f"seed {seed}" for seed in seeds])
 
+        draw.precision = model.precision  # type: ignore[attr-defined]  # which auto meant on this device
         return draw
 
 
@@ -158,7 +164,6 @@ class Shards:
     index: DatasetIndex
     spec: SampleSpec
     slots: NDArray[np.int64]
-    block: int = 256
 
     @staticmethod
     def spread(index: DatasetIndex, spec: SampleSpec, count: int) -> Shards:
@@ -169,18 +174,24 @@ class Shards:
     def count(self) -> int:
         return len(self.slots)
 
+    @property
+    def block(self) -> int:
+        return max(16, min(256, _BLOCK_PIXELS // self.spec.image_size**2))
+
     def open(self, device: Any) -> Draw:
         def read(start: int, stop: int) -> Block:
             slots = self.slots[start:stop]
             table = build_batch(self.index, self.spec, self._chunks(slots), slots, self._seeds(start, stop), 0)
-            good = [not reason for reason in table["reason"].to_pylist()]
+            reasons = table["reason"].to_pylist()
+            good = [not reason for reason in reasons]
             size = self.spec.image_size
             pixels = np.stack([np.frombuffer(row, np.uint8) for row in table["image"].to_pylist()])
             pictures = pixels.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)[good]
             captions, keys = (
                 [text for text, ok in zip(table[name].to_pylist(), good) if ok] for name in ("caption", "key")
             )
-            return Block(np.ascontiguousarray(pictures), captions, keys)
+            unused = [f"{key}: {reason}" for key, reason in zip(table["key"].to_pylist(), reasons) if reason]
+            return Block(np.ascontiguousarray(pictures), captions, keys, unused=unused)
 
         return read
 
@@ -220,18 +231,20 @@ class Reconstructed:
         model, tracking_uri: as of `Drawn`.
         shards: the originals.
         perceptual: file with VGG-16 and LPIPS weights; None: no learned distance.
-        block: how many at once.
     """
 
     model: str
     tracking_uri: str | None
     shards: Shards
     perceptual: str | None = None
-    block: int = 64
 
     @property
     def count(self) -> int:
         return self.shards.count
+
+    @property
+    def block(self) -> int:
+        return min(64, self.shards.block)
 
     def open(self, device: Any) -> Draw:
         import torch
@@ -252,7 +265,7 @@ class Reconstructed:
                 return originals
             images = torch.from_numpy(originals.pictures).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
             rebuilt = ((codec.decode(codec.encode(images)).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
-            scores = {"psnr": psnr(rebuilt, images), "ssim": ssim(rebuilt, images)}
+            scores = {"psnr": psnr(rebuilt, images).clamp(max=_ROUNDING_DECIBELS), "ssim": ssim(rebuilt, images)}
             if distance is not None:
                 scores["lpips"] = distance(rebuilt, images)
             pixels = ((rebuilt + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)

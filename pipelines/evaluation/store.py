@@ -13,12 +13,16 @@ FOLDER/features.npy         float32 (n, dimensions)
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from infra.errors import BadRequest
 
 SCORES = ("psnr", "ssim", "lpips")
 ARRAYS = ("features", "probabilities", "embeddings", "thumbnails", "similarity", *SCORES)
@@ -60,12 +64,17 @@ class FeatureStore:
 
 
 class StoreWriter:
-    """Writes rows in order, at most `room` of them, into an empty folder."""
+    """Writes rows in order, at most `room` of them, beside a folder, which it takes the place of when it is closed.
 
-    def __init__(self, folder: Path, room: int) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was not completed
-        folder.mkdir(parents=True)
-        self.folder, self.room, self.count = folder, room, 0
+    Raises BadRequest where that folder is there and is no store.
+    """
+
+    def __init__(self, target: Path, room: int) -> None:
+        if target.exists() and not (target / "facts.json").is_file():
+            raise BadRequest(f"{target}: is there, and was not written by an evaluation: name another --out")
+        self.target, self.room, self.count = target, room, 0
+        self.folder = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
+        self.folder.mkdir(parents=True)
         self._arrays: dict[str, np.ndarray] = {}
         self._texts: dict[str, list[str]] = {"captions": [], "keys": []}
 
@@ -82,14 +91,25 @@ class StoreWriter:
         self.count += len(captions)
 
     def close(self, facts: dict[str, Any]) -> FeatureStore:
-        """Complete it. Raises ValueError where no row was written."""
+        """Complete it. Raises BadRequest where no row was written."""
         if not self.count:
-            raise ValueError("no picture was measured")
+            raise BadRequest(f"{self.target.name}: no picture could be used")
         for array in self._arrays.values():
             array.flush()  # type: ignore[attr-defined]
         self._arrays.clear()
         (self.folder / "texts.json").write_text(json.dumps(self._texts))
         (self.folder / "facts.json").write_text(json.dumps({**facts, "count": self.count}, indent=2) + "\n")
-        store = FeatureStore.open(self.folder)
+        if self.target.exists():  # of an earlier evaluation, or another one was faster
+            old = self.folder.with_suffix(".old")
+            os.replace(self.target, old)
+            os.replace(self.folder, self.target)
+            shutil.rmtree(old)
+        else:
+            os.replace(self.folder, self.target)
+        store = FeatureStore.open(self.target)
         assert store is not None
         return store
+
+    def discard(self) -> None:
+        """Remove what was not completed."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -14,11 +14,13 @@ from infra import storage
 from infra.errors import BadRequest
 from infra.exports import export_kind, folder_digest
 from infra.mlflow_store import tracking_uri as absolute_tracking_uri
-from infra.registry import find_version
+from infra.registry import find_version, resolve_model
 from infra.storage import run_root
 from pipelines.training.config import TrainConfig, absolute_url
-from pipelines.training.export import find_run, resolve_reference
+from pipelines.training.export import export_run, find_export
 from pipelines.training.run_folder import RunFolder
+
+_STEP = re.compile(r"\d{8}(?!\w)")  # begins an export's name; that of a downloaded one is longer
 
 
 @dataclass(frozen=True)
@@ -62,45 +64,56 @@ def find_subject(reference: str, tracking_uri: str | None = None) -> Subject:
     """
     if _is_pictures(reference):
         return Subject(reference, "pictures", Path(reference).expanduser().absolute())
-    folder = resolve_reference(reference, str(run_root()), tracking_uri)
+    if reference.startswith("models:"):
+        return _registered(reference, absolute_tracking_uri(tracking_uri))
+    if (found := find_export(reference, str(run_root()))) is not None:
+        run, checkpoint = found
+        url = export_run(run, checkpoint)[0]
+        return _of_run(_exported(reference, resolve_model(url), url, run.config()), run, checkpoint.step)
+    folder = resolve_model(reference, tracking_uri)
+    above = _run_above(folder)
+    opened = reference if storage.is_remote(reference) else str(folder)
+    known = _exported(reference, folder, opened, None if above is None else above.config())
+    step = next((int(number[0]) for name in (folder.name, folder.parent.name) if (number := _STEP.match(name))), 0)
+    return known if above is None else _of_run(known, above, step)
+
+
+def _exported(name: str, folder: Path, opened: str, config: TrainConfig | None) -> Subject:
+    """What an export itself tells. Raises BadRequest where it gives no pictures."""
     kind = export_kind(folder)
     if kind not in ("text_to_image", "autoencoder"):
-        raise BadRequest(f"{reference} is of kind {kind}: only diffusion models and autoencoders give pictures")
+        raise BadRequest(f"{name} is of kind {kind}: only diffusion models and autoencoders give pictures")
     if (told := image_condition(folder)) is not None:
-        raise BadRequest(f"{reference} draws from an image ({told['kind']}), and is evaluated on none so far")
-    run = None if reference.startswith("models:") else _run_of(folder, reference)
-    config = _config_beside(folder) if run is None else run.config()
-    known = Subject(
-        name=reference,
+        raise BadRequest(f"{name} draws from an image ({told['kind']}), and is evaluated on none so far")
+    return Subject(
+        name=name,
         kind=kind,
         folder=folder,
-        reference=reference if storage.is_remote(reference) and run is None else str(folder),
+        reference=opened,
         digest=folder_digest(folder),
         config=config,
         conditional=takes_prompts(folder),
         image_size=_image_size(folder) if config is None else config.objective.image_size,
     )
-    if run is not None:
-        described = run.read("run.json") or {}
-        step = re.match(r"\d{8}", folder.name) or re.match(r"\d{8}", folder.parent.name)
-        return replace(
-            known,
-            tracking_uri=described.get("tracking_uri"),
-            run_id=described.get("mlflow_run_id"),
-            step=int(step[0]) if step else 0,
-        )
-    if reference.startswith("models:"):
-        uri = absolute_tracking_uri(tracking_uri)
-        version = find_version(reference, uri)
-        return replace(
-            known,
-            reference=f"models:/{version.name}/{version.version}",
-            tracking_uri=uri,
-            version=(version.name, str(version.version)),
-            run_id=version.run_id,
-            step=int(version.tags.get("steps", 0)),
-        )
-    return known
+
+
+def _of_run(subject: Subject, run: RunFolder, step: int) -> Subject:
+    described = run.read("run.json") or {}
+    return replace(
+        subject, tracking_uri=described.get("tracking_uri"), run_id=described.get("mlflow_run_id"), step=step
+    )
+
+
+def _registered(reference: str, uri: str) -> Subject:
+    folder, version = resolve_model(reference, uri), find_version(reference, uri)
+    named = f"models:/{version.name}/{version.version}"
+    return replace(
+        _exported(reference, folder, named, _config_beside(folder)),
+        tracking_uri=uri,
+        version=(version.name, str(version.version)),
+        run_id=version.run_id,
+        step=int(version.tags.get("steps", 0)),
+    )
 
 
 def _image_size(folder: Path) -> int:
@@ -121,15 +134,15 @@ def _is_pictures(reference: str) -> bool:
     folder = Path(reference).expanduser()
     if not folder.is_dir() or export_kind(folder) is not None:
         return False
-    return not ((folder / "config.json").is_file() or folder.parent.name == "checkpoints")
+    return not ((folder / "config.json").is_file() or folder.parent.name in ("checkpoints", "best"))
 
 
-def _run_of(folder: Path, reference: str) -> RunFolder | None:
+def _run_above(folder: Path) -> RunFolder | None:
     """The run whose export it is: RUN/export/STEP, or a member of it."""
-    for parent in (*folder.parents, *Path(reference).expanduser().absolute().parents):
+    for parent in folder.parents:
         if parent.name == "export" and (parent.parent / "config.json").is_file():
             return RunFolder(str(absolute_url(str(parent.parent))))
-    return find_run(reference, str(run_root()))
+    return None
 
 
 def _config_beside(folder: Path) -> TrainConfig | None:

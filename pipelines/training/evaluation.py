@@ -15,6 +15,9 @@ from genmodels.objective import Drawing
 from pipelines.data.batch import RankBatch
 from pipelines.training.trainer import Trainer
 
+FRECHET_DISTANCE = "val_frechet_distance"
+"""Of equal numbers each time, so its bias of order 1/samples is the same at all steps; `evaluate.py` takes it off."""
+
 
 class DrawnPictures:
     """Draws the same captions with the same seeds each time, so that figures compare from step to step.
@@ -34,25 +37,22 @@ class DrawnPictures:
         self.real = self._summed(sums)
 
     def measure(self, trainer: Trainer, step: int) -> dict[str, float]:
-        """`val_frechet_distance` of the averaged weights; the same on all ranks. Raises ValueError where the objective
-        draws nothing."""
+        """`val_frechet_distance` of the averaged weights; the same on all ranks."""
         sums = FeatureSums.zero(self.extractor.dimensions)
         with trainer.with_ema(), trainer.autocast():
             for batch in self.asked:
                 drawn = trainer.objective.draw(trainer.to_device(batch, step), self.drawing)
-                if drawn is None:
-                    raise ValueError(
-                        "evaluation.every: this objective draws nothing that could be measured; set it to 0"
-                    )
+                assert drawn is not None  # `check_phases` refuses objectives that draw nothing
                 pictures = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-                self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+                with torch.autocast(trainer.device.type, enabled=False):  # as real pictures are measured
+                    self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
         found = torch.tensor(0.0, dtype=torch.float64, device=trainer.device)
         gaussian = self._summed(sums)
         if _rank() == 0:  # takes seconds where features are wide: once is enough
             found.fill_(gaussian.distance(self.real))
         if dist.is_initialized():
             dist.broadcast(found, 0)
-        return {"val_frechet_distance": float(found)}
+        return {FRECHET_DISTANCE: float(found)}
 
     def _add(self, sums: FeatureSums, pictures: np.ndarray, weight: Tensor) -> None:
         good = weight.cpu().numpy() > 0  # neither quarantined nor padding

@@ -15,7 +15,7 @@ from genmodels.families import build_objective
 from genmodels.objective import Objective
 from genmodels.power_ema import combination
 from infra import storage
-from infra.errors import BadRequest
+from infra.errors import BadRequest, RunFailed
 from infra.registry import resolve_model
 from pipelines.training.checkpoint import Checkpoint, assemble, list_checkpoints, newest_verified
 from pipelines.training.config import TrainConfig, absolute_url
@@ -94,6 +94,20 @@ def power_averages(folder: RunFolder, checkpoint: Checkpoint, length: float) -> 
     return {network: {k: v.float() for k, v in values.items()} for network, values in summed.items()}, worst
 
 
+def to_publish(folder: RunFolder, newest: Checkpoint) -> Checkpoint:
+    """What stands for a run: the best checkpoint where one is kept, else the newest.
+
+    Raises:
+        RunFailed: the best checkpoint is damaged.
+    """
+    if folder.config().best.metric is None or not list_checkpoints(folder.best):
+        return newest
+    best = newest_verified(folder.best)
+    if best is None:
+        raise RunFailed(f"the best checkpoint of {folder.url} is damaged: see {folder.best}")
+    return best
+
+
 def export_run(
     folder: RunFolder, checkpoint: Checkpoint | None = None, ema_length: float | None = None
 ) -> tuple[str, dict[str, Any]]:
@@ -110,7 +124,8 @@ def export_run(
     checkpoint = checkpoint or newest_verified(folder.checkpoints)
     if checkpoint is None:
         raise BadRequest(f"{folder.url} has no checkpoint yet: train it for at least run.checkpoint_every steps")
-    name = f"{checkpoint.step:08d}" + ("" if ema_length is None else f"-{power_average(ema_length)}")
+    kind = "-best" if checkpoint.url.startswith(f"{folder.best}/") else ""
+    name = f"{checkpoint.step:08d}{kind}" + ("" if ema_length is None else f"-{power_average(ema_length)}")
     target = folder.path("export", name)
     done = folder.read(f"export/{name}.json")
     if done is not None and done["checkpoint"] == checkpoint.url:
@@ -138,6 +153,26 @@ def find_run(reference: str, root: str) -> RunFolder | None:
     return None
 
 
+def find_export(reference: str, root: str) -> tuple[RunFolder, Checkpoint] | None:
+    """The run and the checkpoint that are named by a run (its folder or name), or by one of its checkpoints; None where
+    it is none.
+
+    Raises:
+        BadRequest: the run has no checkpoint yet.
+    """
+    if (folder := find_run(reference, root)) is not None:
+        newest = newest_verified(folder.checkpoints)
+        if newest is None:
+            raise BadRequest(f"{folder.url} has no checkpoint yet: train it for at least run.checkpoint_every steps")
+        return folder, to_publish(folder, newest)
+    for kind in ("checkpoints", "best"):
+        run, _, name = str(absolute_url(reference)).rpartition(f"/{kind}/")
+        for checkpoint in list_checkpoints(f"{run}/{kind}") if run else ():
+            if checkpoint.url.rstrip("/").endswith(f"/{name.rstrip('/')}"):
+                return RunFolder(run), checkpoint
+    return None
+
+
 def resolve_reference(reference: str, root: str, tracking_uri: str | None = None, finished: bool = False) -> Path:
     """A local export folder for a model named in any way: models:/NAME, an export, a run (its folder or name), or one
     of its checkpoints.
@@ -145,15 +180,11 @@ def resolve_reference(reference: str, root: str, tracking_uri: str | None = None
     Raises:
         BadRequest: there is no such model, or its training has not ended and `finished` asks for that.
     """
-    if reference.startswith("models:"):
+    found = None if reference.startswith("models:") else find_export(reference, root)
+    if found is None:
         return resolve_model(reference, tracking_uri)
-    if (folder := find_run(reference, root)) is not None:
-        checkpoint = newest_verified(folder.checkpoints)
-        if finished and not (checkpoint is not None and checkpoint.finished):
-            raise BadRequest(f"the training of {folder.url} has not ended: type its command again first")
-        return resolve_model(export_run(folder, checkpoint)[0], tracking_uri)
-    run, _, name = str(absolute_url(reference)).rpartition("/checkpoints/")
-    for checkpoint in list_checkpoints(f"{run}/checkpoints") if run else ():
-        if checkpoint.url.rstrip("/").endswith(f"/{name.rstrip('/')}"):
-            return resolve_model(export_run(RunFolder(run), checkpoint)[0], tracking_uri)
-    return resolve_model(reference, tracking_uri)
+    folder, checkpoint = found
+    newest = newest_verified(folder.checkpoints) if finished else None
+    if finished and not (newest is not None and newest.finished):
+        raise BadRequest(f"the training of {folder.url} has not ended: type its command again first")
+    return resolve_model(export_run(folder, checkpoint)[0], tracking_uri)

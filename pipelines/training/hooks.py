@@ -23,9 +23,9 @@ from pipelines.data.index import DatasetIndex
 from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.pictures import grid_png
-from pipelines.training.checkpoint import commit_snapshot, prune
+from pipelines.training.checkpoint import Checkpoint, commit_snapshot, prune
 from pipelines.training.config import TrainConfig
-from pipelines.training.evaluation import DrawnPictures
+from pipelines.training.evaluation import FRECHET_DISTANCE, DrawnPictures
 from pipelines.training.metrics import device_peak_flops, durations, finite, flop_utilisation, memory_mib
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer, TrainingStopped
@@ -73,14 +73,16 @@ class RunHooks:
         log = last or step % run.checkpoint_every == 0 or step % run.log_every == 0
         if log:
             self._log(trainer, step)
-        measured: dict[str, float] = {}
+        validated: dict[str, float] = {}
         if self.validation_index is not None and run.validation_samples and (last or step % run.validate_every == 0):
             self._show(step, force=True, doing="validating")
-            measured |= self._validate(trainer, step)
+            validated = self._validate(trainer, step)
+        drawn: dict[str, float] = {}
         every = self.config.evaluation.every
         if every and (last or step % every == 0):
             self._show(step, force=True, doing="drawing and measuring")
-            measured |= self._evaluate(trainer, step)
+            drawn = self._evaluate(trainer, step)
+        measured = drawn if self.config.best.metric == FRECHET_DISTANCE else validated
         if measured and self.config.best.metric is not None:
             last = self._keep_best(trainer, step, measured) or last
             if last and not log:
@@ -171,13 +173,14 @@ class RunHooks:
         """
         best = self.config.best
         if best.metric not in measured:
-            if best.metric in self.shown:
-                return False  # it is measured at other steps
             raise TrainingStopped(f"best.metric: {best.metric} is not measured, only {', '.join(sorted(measured))}")
         value, known = measured[best.metric], self.facts.get("best")
+        how = measured_how(self.config)
+        if known is not None and known["how"] != how:
+            known = None  # of another metric, or measured on other pictures
         improved = known is None or (value < known["value"] if best.better == "lower" else value > known["value"])
         if improved and math.isfinite(value):
-            self.facts["best"] = {"metric": best.metric, "step": step, "value": value, "waited": 0}
+            self.facts["best"] = {"step": step, "value": value, "waited": 0, "how": how}
             self._show(step, force=True, doing="saving the best")
             figures = trainer.finish(self._finish_batches, step)  # what is measured at the end belongs to its weights
             facts = {name: kept for name, kept in self.facts.items() if name != "marks"}
@@ -256,6 +259,28 @@ class RunHooks:
         commit_snapshot(self.folder.checkpoints, trainer.snapshot(step, facts))
         if self.rank == 0:
             prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
+
+
+def measured_how(config: TrainConfig) -> dict[str, Any]:
+    """What the figure of `best.metric` depends on besides the weights: only what was measured alike is compared."""
+    best = config.best
+    how: dict[str, Any] = {"metric": best.metric, "better": best.better}
+    if best.metric == FRECHET_DISTANCE:
+        return how | config.evaluation.model_dump(mode="json", exclude={"every"})
+    return how | {"validation_samples": config.run.validation_samples}
+
+
+def known_best(kept: Checkpoint | None, resumed: Checkpoint | None) -> dict[str, Any]:
+    """What is known of the best checkpoint as a run goes on.
+
+    The one that is kept says so itself: an older checkpoint may name one that has been replaced since. How long a
+    better one was waited for, the checkpoint knows that the run goes on from.
+    """
+    if kept is None:
+        return {}
+    best = dict(kept.manifest["best"])
+    told = {} if resumed is None else resumed.manifest.get("best") or {}
+    return {"best": {**best, "waited": told["waited"] if told.get("step") == best["step"] else 0}}
 
 
 def checked(

@@ -25,7 +25,7 @@ from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, flatten
-from pipelines.training.export import export_run, initial_objective
+from pipelines.training.export import export_run, initial_objective, to_publish
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
@@ -294,7 +294,7 @@ def _publish(
     newest = checkpoints.newest_verified(folder.checkpoints)
     if newest is None or not newest.finished:
         raise RunFailed(f"the last checkpoint of {folder.url} does not verify: type the same command again")
-    published = _to_publish(config, folder, newest)
+    published = to_publish(folder, newest)
     export_url, facts = export_run(folder, published)
     figures = newest.manifest.get("figures", {})
     summary: dict[str, Any] = {
@@ -330,7 +330,7 @@ def _publish(
         }
         described = {
             **facts,
-            "figures": figures,
+            "figures": published.manifest.get("figures", {}),
             "data": {"url": config.data.url, "samples": index.samples, "index digest": index.digest},
         }
         summary["model_uri"] = register_export(
@@ -343,16 +343,6 @@ def _publish(
             lineage,
         )
     return summary
-
-
-def _to_publish(config: TrainConfig, folder: RunFolder, newest: Checkpoint) -> Checkpoint:
-    """The best checkpoint where one is kept, else the last."""
-    if config.best.metric is None or newest.manifest.get("best") is None:
-        return newest
-    best = checkpoints.newest_verified(folder.best)
-    if best is None or best.step != newest.manifest["best"]["step"]:
-        raise RunFailed(f"the best checkpoint of {folder.url}, of step {newest.manifest['best']['step']}, is damaged")
-    return best
 
 
 def git_commit() -> str:

@@ -43,6 +43,8 @@ def check_phases(config: TrainConfig, objective: Objective) -> None:
     """Refuse what would train wrongly in silence. Raises ValueError with the reason."""
     for name, module in objective.networks.items():
         freeze(module, config.optimizer_of(name).freeze, name, objective.trained.get(name, ["*"]))
+    if config.evaluation.every and not objective.draws:
+        raise ValueError(f"evaluation.every: {config.objective.kind} draws nothing to measure; set it to 0")
     for phase in objective.phases:
         engine = config.engine_of(phase.network)
         if phase.couples_samples and config.accumulation > 1:

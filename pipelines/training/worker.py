@@ -24,7 +24,7 @@ from pipelines.training.board import NETWORK_WORDS
 from pipelines.training.checkpoint import newest_verified
 from pipelines.training.config import TrainConfig
 from pipelines.training.export import initial_objective
-from pipelines.training.hooks import Audit, RunHooks, checked, training_device
+from pipelines.training.hooks import Audit, RunHooks, checked, known_best, training_device
 from pipelines.training.inputs import local_inputs, sample_spec
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer
@@ -121,8 +121,8 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         "index_digest": train_index.digest,
         "marks": {**job["marks"], "workers": entered, "building": time.time()},
     }
-    if checkpoint is not None and "best" in checkpoint.manifest:
-        facts["best"] = checkpoint.manifest["best"]
+    if config.best.metric is not None:
+        facts |= known_best(newest_verified(folder.best), checkpoint)
     with ExitStack() as closing:
         logger = None
         if rank == 0:

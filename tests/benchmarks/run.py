@@ -126,7 +126,7 @@ def evaluation(bench: Workbench, rounds: int, show: Any) -> tuple[Ratio, float, 
     if max(values) - min(values) > 1e-3 * max(values):
         raise SystemExit(f"the Fréchet distances differ: {values}")
     ratio = Ratio(*([each["seconds"] for each in results] for results in found.values()))
-    parts = ("features", "distance", "with_interval")
+    parts = ("features", "distance", "distance_with_interval")
     seconds = {part: statistics.median(each[part] for each in found["ours"]) for part in parts}
     return ratio, max(each["peak_mib"] for each in found["ours"]), seconds
 

@@ -5,11 +5,12 @@ from genmodels.metrics.figure import Conditions, Figure, compare
 CONDITIONS = {
     "count": 2000, "seed": 0, "sampler": "ddim", "num_steps": 20, "guidance_scale": 2.0, "options": {"eta": 0.0},
     "precision": "fp32", "extractor": "0123456789abcdef", "data": "fedcba9876543210", "data_count": 594,
-    "clip": "c1", "training_data": "t1",
+    "clip": "c1", "training_data": "t1", "training_count": 5,
 }  # fmt: skip
 OTHER = {
     "count": 1000, "seed": 1, "sampler": "euler", "num_steps": 10, "guidance_scale": 3.0, "options": {"eta": 1.0},
-    "precision": "bf16", "extractor": "1", "data": "2", "clip": "c2", "training_data": "t2", "data_count": 3,
+    "precision": "bf16", "extractor": "1", "data": "2", "clip": "c2", "training_data": "t2", "training_count": 6,
+    "data_count": 3,
 }  # fmt: skip
 
 

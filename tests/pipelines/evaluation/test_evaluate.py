@@ -19,6 +19,7 @@ from pipelines.evaluation import run
 from pipelines.evaluation.command import argument_parser, evaluate_model, read_figures, show_against
 from pipelines.evaluation.measure import measure
 from tests.pipelines.demo.test_report import Page
+from tests.pipelines.training import small_run
 
 COUNT = 48
 SMALL = ["--count", str(COUNT), "--num-steps", "3", "--batch-size", "8", "--features", "digits", "--curve-count", "0"]
@@ -126,6 +127,7 @@ def test_a_folder_of_pictures_is_measured_as_it_is(evaluate, tmp_path):
         (["--num-steps", "0"], "--num-steps must be at least 1"),
         (["--against", "nowhere.json"], "--against nowhere.json: cannot be read"),
         (["--actors", "0"], "--actors must be at least 1"),
+        (["--curve-count", "5"], "--curve-count must be 0 or at least 10"),
     ],
 )
 def test_bad_requests_say_what_to_do(arguments, said):
@@ -135,6 +137,10 @@ def test_bad_requests_say_what_to_do(arguments, said):
 
 def test_a_folder_without_data_or_extractor_is_told_what_to_name(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
+    small_run.write_digits(str(tmp_path / "shards"), 40)
+    shards = ["--data", str(tmp_path / "shards")]
+    with pytest.raises(BadRequest, match="pictures: 1 are too few"):
+        evaluate_model(argument_parser().parse_args([str(tmp_path), "--features", "digits", *shards]))
     with pytest.raises(BadRequest, match="--features dinov2:"):
         evaluate_model(argument_parser().parse_args([str(tmp_path)]))
     with pytest.raises(BadRequest, match="--data URL"):

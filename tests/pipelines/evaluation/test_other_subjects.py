@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from genmodels.autoencoder.codec import LatentCodec
 from genmodels.families import build_objective
@@ -48,6 +49,7 @@ def test_reconstructions_are_the_codecs_and_scored_against_their_originals(shard
     with torch.no_grad():
         rebuilt = ((codec.decode(codec.encode(images)).clamp(-1, 1) + 1) * 127.5).round().numpy().transpose(0, 2, 3, 1)
     assert np.abs(block.pictures.astype(int) - rebuilt).max() <= 1
+    rebuilt_images = torch.from_numpy(block.pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
     error = np.square((block.pictures.astype(float) - originals) / 127.5).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(block.scores["psnr"], 10 * np.log10(4 / error), rtol=1e-4)
     extractors = Extractors(digits_extractor())
@@ -55,7 +57,8 @@ def test_reconstructions_are_the_codecs_and_scored_against_their_originals(shard
     sets = Sets(stored(block, tmp_path / "rebuilt", extractors), held_out)
     found = {figure.name: figure for figure in measure_figures(sets, Conditions(count=40)).figures}
     assert found["psnr"].value == pytest.approx(float(block.scores["psnr"].mean())) and found["psnr"].better == "higher"
-    assert -1 <= found["ssim"].value < 1 and "lpips" not in found
+    expected = structural_similarity_index_measure((rebuilt_images + 1) / 2, (images + 1) / 2, data_range=1.0)
+    assert found["ssim"].value == pytest.approx(float(expected), abs=1e-3) and "lpips" not in found
 
 
 def test_a_clip_of_ones_own_scores_captions(shards, tmp_path):
@@ -71,4 +74,6 @@ def test_a_clip_of_ones_own_scores_captions(shards, tmp_path):
     found = measure_figures(Sets(store, store), Conditions(count=40), text_embeddings=texts)
     expected = np.clip((store.embeddings * texts).sum(axis=1), 0, None).mean() * 100
     assert found.value("clip_score") == pytest.approx(expected, rel=1e-4)
-    assert 0 <= found.value("retrieval_of_40") <= 1
+    similar = store.embeddings @ texts.T
+    own = np.diag(similar)[:, None]
+    assert found.value("retrieval_of_40") == pytest.approx(((similar >= own).sum(axis=1) == 1).mean(), abs=1e-6)

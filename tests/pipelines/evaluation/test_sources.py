@@ -28,6 +28,8 @@ def test_all_samples_of_shards_come_once_without_those_that_are_damaged(tmp_path
         np.concatenate([block.pictures for block in blocks]) == np.stack([picture for _, picture, _, _ in good])
     ).all()
     assert [text for block in blocks for text in block.captions] == [caption for _, _, caption, _ in good]
+    unused = [reason for block in blocks for reason in block.unused]
+    assert len(unused) == 2 and all("image" in reason for reason in unused)
     assert shards.captions() == [caption for _, _, caption, _ in drawn], "a caption is there, whatever the image is"
 
 
@@ -61,5 +63,15 @@ def test_a_store_is_complete_or_absent(tmp_path):
     store = writer.close({"digest": "d"})
     assert store.count == 4 and store.captions == list("abcd") and store.facts()["digest"] == "d"
     assert (store.features == rows["features"]).all() and store.probabilities is None
-    with pytest.raises(ValueError, match="no picture"):
-        StoreWriter(tmp_path / "empty", 3).close({})
+    assert {path.name for path in tmp_path.iterdir()} == {"store"}, "what is not complete stands beside, and is gone"
+    again = StoreWriter(tmp_path / "store", 10)
+    again.add({name: values[:2] for name, values in rows.items()}, list("ab"), list("wx"))
+    assert again.close({}).count == 2 and store.features[3, 0] == 9, "an open one keeps its files"
+    empty = StoreWriter(tmp_path / "empty", 3)
+    with pytest.raises(BadRequest, match="no picture"):
+        empty.close({})
+    empty.discard()
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(BadRequest, match="not written by an evaluation"):
+        StoreWriter(tmp_path / "mine", 3)
+    assert {path.name for path in tmp_path.iterdir()} == {"store", "mine"}

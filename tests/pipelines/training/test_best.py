@@ -17,10 +17,10 @@ from pipelines.data.index import load_index
 from pipelines.data.quarantine import Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.demo.classifier import digits_extractor
-from pipelines.training.checkpoint import Snapshot, list_checkpoints
+from pipelines.training.checkpoint import Checkpoint, Snapshot, list_checkpoints
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.evaluation import DrawnPictures
-from pipelines.training.hooks import RunHooks
+from pipelines.training.hooks import RunHooks, known_best, measured_how
 from pipelines.training.metrics import MeanLog, Throughput
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import TrainingStopped
@@ -54,6 +54,10 @@ def run_of(root: Path, **best: Any) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             "run": {"name": "r", "steps": 12, "log_every": 1, "checkpoint_every": 6, "validate_every": 2},
+            "evaluation": {
+                "features": {"kind": "classifier", "path": "unused"},
+                "every": 4 if best.get("metric") == "val_frechet_distance" else 0,
+            },
             "data": {"url": str(root / "s"), "validation_url": str(root / "s"), "lanes": 1, "global_batch_size": 2},
             "objective": tiny.diffusion_config().model_dump(),
             "best": {"metric": "val_loss", **best},
@@ -70,7 +74,9 @@ def _go(
     folder = RunFolder(str(root / "run"))
     index = load_index(config.data.url, build=False)
     quarantine = Quarantine(folder.path("quarantine"), 0, 1.0, 2)
-    hooks = RunHooks(config, folder, SampleSpec(8), index, index, None, _Board(), facts, quarantine)
+    distances = facts.pop("distances", {})
+    hooks: Any = RunHooks(config, folder, SampleSpec(8), index, index, None, _Board(), facts, quarantine)
+    hooks._evaluate = lambda trainer, step: {"val_frechet_distance": distances[step]}
     trainer: Any = _Trainer(dict(zip(range(2, 13, 2), losses)))
     try:
         last = next(step for step in range(1, 13) if hooks.after_step(trainer, step))
@@ -97,14 +103,39 @@ def test_the_best_checkpoint_is_kept_and_no_other(tmp_path):
 def test_higher_can_be_better_and_patience_ends_training(tmp_path):
     last, kept, _, newest = go(tmp_path, [1.0, 4.0, 3.0, 4.0, 5.0, 6.0], {"better": "higher", "patience": 2})
     assert (last, kept) == (8, [4]) and newest["finished"] and newest["stopped_early"] == 2
-    assert newest["best"] == {"metric": "val_loss", "step": 4, "value": 4.0, "waited": 2}
+    assert {key: newest["best"][key] for key in ("step", "value", "waited")} == {"step": 4, "value": 4.0, "waited": 2}
 
 
 @pytest.mark.slow
 def test_what_was_best_before_a_restart_stays_so(tmp_path):
-    known = {"metric": "val_loss", "step": 2, "value": 0.5, "waited": 1}
+    how = measured_how(run_of(tmp_path, patience=4))
+    known = {"step": 2, "value": 0.5, "waited": 1, "how": how}
     last, kept, _, newest = go(tmp_path, [5.0] * 6, {"patience": 4}, {"best": known})
     assert (last, kept) == (6, []) and newest["best"] == {**known, "waited": 4}
+
+
+@pytest.mark.slow
+def test_a_best_by_another_metric_is_not_compared_with(tmp_path):
+    known = {"step": 2, "value": 0.01, "waited": 7, "how": {"metric": "val_other"}}
+    _, kept, _, newest = go(tmp_path, [5.0, 3.0, 4.0, 4.0, 4.0, 4.0], {"patience": 9}, {"best": known})
+    assert kept == [4] and newest["best"]["value"] == 3.0 and newest["best"]["waited"] == 4
+
+
+@pytest.mark.slow
+def test_validations_between_evaluations_do_not_decide(tmp_path):
+    # The distance is measured at other steps than the validation, which may neither stop the run nor be the best.
+    last, kept, _, newest = go(
+        tmp_path, [1.0] * 6, {"metric": "val_frechet_distance"}, {"distances": {4: 2.0, 8: 1.0, 12: 3.0}}
+    )
+    assert (last, kept) == (12, [8]) and newest["best"]["value"] == 1.0
+
+
+def test_a_run_that_goes_on_asks_the_kept_checkpoint():
+    kept = Checkpoint("there", {"best": {"step": 8, "value": 1.0, "waited": 0}})
+    older, newer = ({"best": {"step": step, "value": 2.0, "waited": 3}} for step in (4, 8))
+    assert known_best(None, Checkpoint("x", newer)) == {}
+    assert known_best(kept, Checkpoint("x", older))["best"] == {"step": 8, "value": 1.0, "waited": 0}
+    assert known_best(kept, Checkpoint("x", newer))["best"]["waited"] == 3
 
 
 @pytest.mark.slow
@@ -137,7 +168,8 @@ class _Drawer:
     def with_ema(self) -> Any:
         return torch.no_grad()
 
-    autocast = with_ema
+    def autocast(self) -> Any:
+        return torch.autocast("cpu", torch.bfloat16)
 
     def to_device(self, batch: Any, step: int) -> Any:
         return batch
@@ -186,6 +218,6 @@ def test_a_run_that_measures_what_it_draws_publishes_its_best_checkpoint(train, 
     best = min(rows, key=lambda row: row["val_frechet_distance"])
     assert summary["published_step"] == best["step"] == summary["best"]["step"]
     assert summary["best"]["value"] == best["val_frechet_distance"] and summary["export"].endswith(
-        f"{best['step']:08d}"
+        f"{best['step']:08d}-best"
     )
     assert train(*overrides)["outcome"] == "already finished"

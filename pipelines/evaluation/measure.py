@@ -65,8 +65,7 @@ def measure(
         for start in range(0, source.count, source.block)
     ]
     writers = {name: StoreWriter(folders[name], source.count) for name, source in sources.items()}
-    # Not an argument of the actors that measure: Ray would warn that one which restarts might miss it.
-    shared = ray.remote(_Shared).options(num_cpus=0).remote(dict(sources), extractors)
+    shared = ray.put((dict(sources), extractors))
     stream = _dataset(rows, shared, actors, use_gpu)
     unused: dict[str, list[str]] = {name: [] for name in sources}
     told = {name: dict(facts[name]) for name in sources}
@@ -118,32 +117,22 @@ def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool
             _Measurer,
             batch_size=1,
             compute=ActorPoolStrategy(size=actors),
-            fn_constructor_args=[shared],
+            fn_constructor_args=[[shared]],  # in a list, the reference is sent and not what it stands for
             **({"num_gpus": 1} if use_gpu else {"num_cpus": 1}),
         )
-
-
-class _Shared:
-    """Holds what every actor needs."""
-
-    def __init__(self, sources: dict[str, Source], extractors: Extractors) -> None:
-        self._held = sources, extractors
-
-    def read(self) -> tuple[dict[str, Source], Extractors]:
-        return self._held
 
 
 class _Measurer:
     """One actor: opens a source when its first block comes."""
 
-    def __init__(self, shared: Any) -> None:
+    def __init__(self, shared: list[Any]) -> None:
         import ray
         import torch
 
         self._cuda = torch.cuda.is_available() and bool(ray.get_gpu_ids())
         if not self._cuda:
             torch.set_num_threads(1)
-        self._sources, self._extractors = ray.get(shared.read.remote())
+        self._sources, self._extractors = ray.get(shared[0])
         self._device = torch.device("cuda" if self._cuda else "cpu")
         for extractor in (self._extractors.features, self._extractors.clip):
             if extractor is not None:

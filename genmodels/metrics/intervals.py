@@ -47,6 +47,12 @@ def jackknife(whole: float, without: Sequence[float] | np.ndarray, confidence: f
     return Interval(value, value - reach, value + reach, whole - value)
 
 
+def random_blocks(count: int, blocks: int) -> list[np.ndarray]:
+    """All of `count` rows in blocks of equal size, drawn at random and always the same: neighbouring rows may be alike,
+    as those of one class, and blocks of them would not stand for the whole."""
+    return [np.sort(rows) for rows in np.array_split(np.random.default_rng(6).permutation(count), blocks)]
+
+
 def mean_interval(values: np.ndarray, confidence: float = 0.95) -> Interval:
     """The mean of independent values, (samples ≥ 2,), with Student's interval."""
     values = np.asarray(values, dtype=np.float64)

@@ -3,7 +3,13 @@ samples, so it can fall below zero."""
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+
+from genmodels.metrics.intervals import Interval, mean_interval
+
+_BLOCK = 1000  # samples
 
 
 def kernel_distances(a: np.ndarray, b: np.ndarray, block: int = 1000, degree: int = 3) -> np.ndarray:
@@ -28,6 +34,20 @@ def kernel_distances(a: np.ndarray, b: np.ndarray, block: int = 1000, degree: in
     if not np.isfinite(found).all():
         raise ValueError("features hold NaN or infinity")
     return found
+
+
+def kernel_interval(features: np.ndarray, real: np.ndarray, block: int | None = None) -> Interval:
+    """The kernel distance, from disjoint blocks of samples drawn at random; no end is known where there is one block.
+
+    Args:
+        features, real: float (samples, dimensions); of the larger set as many are taken as the other one has.
+        block: samples of each block [a tenth, at most 1,000].
+    """
+    number = min(len(features), len(real))  # blocks of equal size, each of which fits into memory
+    rng = np.random.default_rng(4)
+    features, real = (each[rng.permutation(len(each))[:number]] for each in (features, real))
+    values = kernel_distances(features, real, block=block or max(2, min(_BLOCK, number // 10)))
+    return mean_interval(values) if len(values) > 1 else Interval(float(values[0]), -math.inf, math.inf, 0.0)
 
 
 def _unbiased(a: np.ndarray, b: np.ndarray, degree: int) -> float:

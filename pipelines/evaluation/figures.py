@@ -3,7 +3,6 @@ get in its place."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,16 +13,15 @@ from scipy.special import xlogy
 from genmodels.metrics.copies import Nearest, nearest
 from genmodels.metrics.coverage import balls
 from genmodels.metrics.figure import Conditions, Figure
-from genmodels.metrics.frechet import FeatureSums, Gaussian, total
-from genmodels.metrics.intervals import Interval, jackknife, mean_interval, share_interval
-from genmodels.metrics.kernel import kernel_distances
+from genmodels.metrics.frechet import FeatureSums, frechet_interval
+from genmodels.metrics.intervals import Interval, jackknife, mean_interval, random_blocks, share_interval
+from genmodels.metrics.kernel import kernel_interval
 from genmodels.metrics.text import clip_scores, retrieval_recall
 from pipelines.evaluation.store import FeatureStore
 
 COPY_QUANTILE = 0.05
 _PRECISION_NEIGHBOURS, _COVERAGE_NEIGHBOURS = 3, 5
-_WIDE = 512  # dimensions; above, each Fréchet distance costs seconds
-_KERNEL_BLOCK = 1000
+_RETRIEVED = 1000  # pictures among which a caption's own is sought
 
 Reader = Callable[[np.ndarray, list[str]], dict[str, np.ndarray]]
 """Reads pictures, uint8 (n, height, width, 3), and says where they show what their captions say: bool (n,) by part, and
@@ -119,7 +117,7 @@ def measure_figures(
             table.add(title, _share(right), "higher", _share(read_real[name]))
     if text_embeddings is not None and generated.embeddings is not None:
         table.add("clip_score", mean_interval(clip_scores(generated.embeddings, text_embeddings)), "higher")
-        number = min(generated.count, _KERNEL_BLOCK)
+        number = min(generated.count, _RETRIEVED)
         found, _ = retrieval_recall(generated.embeddings[:number], text_embeddings[:number])
         table.add(f"retrieval_of_{number}", share_interval(round(found * number), number), "higher")
     return measured
@@ -139,32 +137,6 @@ class _Table:
         )
         if real is not None:
             self.real[name] = real.value
-
-
-def frechet_interval(features: np.ndarray, real: Gaussian, blocks: int | None = None) -> Interval:
-    """The Fréchet distance to a Gaussian, its bias of order 1/samples taken off, by leaving blocks out in turn.
-
-    Args:
-        features: float (samples, dimensions).
-        real: what real features are like.
-        blocks: 2 to 50; as many as there are samples at most [20, or 10 where a distance costs seconds].
-    """
-    blocks = blocks or min(20 if features.shape[1] <= _WIDE else 10, len(features) // 2)
-    parts = [FeatureSums.of(features[rows]) for rows in _blocks(len(features), blocks)]
-    whole = total(parts)
-    without = [real.quick_distance((whole - part).gaussian()) for part in parts]
-    found, exact = jackknife(real.quick_distance(whole.gaussian()), without), whole.gaussian().distance(real)
-    rounding = exact - found.bias - found.value  # of the quick distances, the same in all of them
-    return Interval(found.value + rounding, found.low + rounding, found.high + rounding, found.bias)
-
-
-def kernel_interval(features: np.ndarray, real: np.ndarray, block: int | None = None) -> Interval:
-    """The kernel distance of equal numbers of features, from disjoint blocks [ten, of at most 1,000 samples each]."""
-    number = min(len(features), len(real))  # blocks of equal size, each of which fits into memory
-    rng = np.random.default_rng(4)
-    features, real = (each[rng.permutation(len(each))[:number]] for each in (features, real))
-    values = kernel_distances(features, real, block=block or max(2, min(_KERNEL_BLOCK, number // 10)))
-    return mean_interval(values) if len(values) > 1 else Interval(float(values[0]), -math.inf, math.inf, 0.0)
 
 
 def _neighbour_figures(table: _Table, own: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -216,7 +188,7 @@ def _inception(probabilities: np.ndarray | None) -> Interval:
     """The Inception score from sums over blocks: log of it is the mean of Σ p log p less Σ p̄ log p̄."""
     assert probabilities is not None
     sums = []
-    for rows in _blocks(len(probabilities), min(20, len(probabilities) // 2)):
+    for rows in random_blocks(len(probabilities), min(20, len(probabilities) // 2)):
         part = np.asarray(probabilities[rows], dtype=np.float64)
         sums.append((len(part), part.sum(axis=0), xlogy(part, part).sum()))
 
@@ -236,11 +208,6 @@ def _pairs(store: FeatureStore) -> np.ndarray:
 
 def _share(right: np.ndarray) -> Interval:
     return share_interval(int(right.sum()), len(right))
-
-
-def _blocks(count: int, blocks: int) -> list[np.ndarray]:
-    """All rows, in blocks of equal size drawn at random: neighbouring rows may be alike, as those of one class."""
-    return [np.sort(rows) for rows in np.array_split(np.random.default_rng(6).permutation(count), blocks)]
 
 
 def _some(total_count: int, count: int, seed: int) -> np.ndarray:

@@ -21,13 +21,14 @@ from genmodels.features.config import FeaturesConfig
 from genmodels.features.extractor import FeatureExtractor, open_extractor
 from genmodels.metrics.figure import Conditions
 from genmodels.metrics.intervals import mean_interval, share_interval
+from genmodels.metrics.kernel import kernel_interval
 from genmodels.metrics.text import clip_scores
 from infra.errors import BadRequest
 from infra.mlflow_store import check_tracking
 from infra.registry import resolve_model
 from infra.storage import run_root
 from pipelines.evaluation.charts import Point
-from pipelines.evaluation.figures import Measured, Reader, Sets, kernel_interval, measure_figures
+from pipelines.evaluation.figures import Measured, Reader, Sets, measure_figures
 from pipelines.evaluation.findings import findings
 from pipelines.evaluation.measure import Extractors, measure
 from pipelines.evaluation.references import Reference, data_of, find_reference

@@ -92,8 +92,7 @@ def _own_mib(process: psutil.Process) -> float:
 
 def ours(count: int) -> dict[str, float]:
     """Streamed to memory-mapped features; the distance, as torchmetrics gives it; and once more with its interval."""
-    from genmodels.metrics.frechet import FeatureSums
-    from pipelines.evaluation.figures import frechet_interval
+    from genmodels.metrics.frechet import FeatureSums, frechet_interval
     from pipelines.evaluation.measure import Extractors, measure
     from pipelines.training import cluster
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from genmodels.metrics.frechet import FeatureSums, Gaussian, total
+from genmodels.metrics.frechet import Gaussian, frechet_interval
 from genmodels.metrics.intervals import bootstrap, jackknife, mean_interval, share_interval
+from genmodels.metrics.kernel import kernel_interval
 
 DRAWS = 200
 
@@ -10,13 +11,6 @@ DRAWS = 200
 def covered(intervals, truth):
     """How many of 200 intervals hold the truth; 95 % are to, so fewer than 180 or more than 198 are too many or few."""
     return sum(interval.low <= truth <= interval.high for interval in intervals)
-
-
-def frechet_interval(features, reference, blocks=25):
-    parts = [FeatureSums.of(part) for part in np.array_split(features, blocks)]
-    whole = total(parts)
-    without = [(whole - part).gaussian().distance(reference) for part in parts]
-    return jackknife(whole.gaussian().distance(reference), without)
 
 
 def test_the_interval_of_a_frechet_distance_holds_the_truth_and_has_no_bias_left():
@@ -45,6 +39,12 @@ def test_fewer_samples_bias_a_frechet_distance_more():
         biases.append(plain)
         assert abs(np.mean([i.value for i in found])) < 0.1 * plain
     assert biases[0] / biases[1] == pytest.approx(4, rel=0.1)
+
+
+def test_the_interval_of_a_kernel_distance_holds_the_truth():
+    rng = np.random.default_rng(5)
+    same = [kernel_interval(*rng.normal(size=(2, 300, 6))) for _ in range(DRAWS)]
+    assert 180 <= covered(same, 0.0) <= 198
 
 
 def test_the_interval_of_a_mean_and_of_a_share_hold_the_truth():

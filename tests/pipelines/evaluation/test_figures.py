@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from genmodels.metrics.classes import inception_score
-from genmodels.metrics.frechet import FeatureSums
+from genmodels.metrics.frechet import FeatureSums, frechet_interval
+from genmodels.metrics.kernel import kernel_interval
 from infra.errors import BadRequest
-from pipelines.evaluation.figures import _inception, frechet_interval, kernel_interval
+from pipelines.evaluation.figures import _inception
 from pipelines.evaluation.measure import _check_unused, pair_similarity
 from pipelines.evaluation.run import spread_prompts
 

@@ -86,6 +86,22 @@ def from_given(config: ImageConditionConfig, images: Tensor, masks: Tensor | Non
     return images
 
 
+def as_given(config: ImageConditionConfig, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """What one would give a model to get the images of a batch back: images for `from_given`, and masks for kind mask.
+
+    Args: as of `from_batch`.
+    """
+    images, seeds = batch["images"], batch["seeds"]
+    match config:
+        case LowResolutionCondition():
+            return reduced(images, config.factor), None
+        case EdgeCondition():
+            return images, None
+        case MaskCondition():
+            return images, random_rectangles(seeds, images.shape[-1], config.largest)
+    return from_batch(config, batch), None
+
+
 def reduced(images: Tensor, factor: int) -> Tensor:
     """Images by a `factor` smaller: means over squares of pixels."""
     return torch.nn.functional.avg_pool2d(images, factor)

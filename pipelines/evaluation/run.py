@@ -194,7 +194,9 @@ def _readable(generated: Source, held_out: Reference) -> bool:
     """Whether all captions are sentences about digits, so that it can be read whether they are followed."""
     from pipelines.demo.digits import parse_caption
 
-    asked = generated.prompts if isinstance(generated, Drawn) else None
+    asked: Sequence[str] | None = None
+    if isinstance(generated, Drawn):
+        asked = generated.prompts if generated.originals is None else []
     if isinstance(generated, Files):
         asked = generated.captions
     if asked is None or held_out.shards.spec.caption is None:
@@ -237,6 +239,14 @@ def _generated(request: Request, subject: Subject, held_out: Reference) -> Sourc
         index, spec = held_out.shards.index, held_out.shards.spec
         originals = Shards.spread(index, spec, request.count)
         return Reconstructed(subject.reference, subject.tracking_uri, originals, request.perceptual)
+    if subject.image_condition is not None:
+        spec = replace(held_out.shards.spec, condition_image=subject.image_condition.get("member"))
+        spread = Shards.spread(held_out.shards.index, spec, request.count)
+        originals = replace(spread, slots=np.random.default_rng(0).permutation(spread.slots))
+        seeds = [request.seed * request.count + i for i in range(originals.count)]
+        return Drawn(
+            subject.reference, subject.tracking_uri, None, seeds, dict(request.options), request.precision, originals
+        )
     prompts = None
     if subject.conditional:
         prompts = spread_prompts(held_out.shards.captions(), request.count)
@@ -255,9 +265,8 @@ def _curve_sources(request: Request, generated: Drawn) -> dict[str, dict[str, Dr
     """For each setting of the sampler, the sources with other values of it, by a name for each."""
     if not request.curve_count:
         return {}
-    few = min(request.curve_count, generated.count)
-    prompts = None if generated.prompts is None else generated.prompts[:few]
-    first = replace(generated, prompts=prompts, seeds=generated.seeds[:few])
+    first = generated.first(request.curve_count)
+    guided = generated.prompts is not None or generated.originals is not None
     return {
         option: {
             f"{option}-{value:g}": replace(first, options={**generated.options, option: value})
@@ -265,7 +274,7 @@ def _curve_sources(request: Request, generated: Drawn) -> dict[str, dict[str, Dr
             if value != generated.options[option]
         }
         for option, values in request.curve_settings.items()
-        if option != "guidance_scale" or prompts is not None
+        if option != "guidance_scale" or guided
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -27,13 +27,14 @@ _ROUNDING_DECIBELS = 58.9  # 10 log₁₀(2² / ((2/255)²/12)): no reconstructi
 class Block(NamedTuple):
     """Neighbouring pictures of a source: uint8 (n, height, width, 3), a caption and a key for each, and what else is
     known of each by one of the names `store.SCORES`, float32 (n,). `unused` says why each of those was left out that
-    cannot be used."""
+    cannot be used. `others` are the samples' other images, where the spec names a member."""
 
     pictures: np.ndarray
     captions: list[str]
     keys: list[str]
     scores: Mapping[str, np.ndarray] = MappingProxyType({})
     unused: Sequence[str] = ()
+    others: np.ndarray | None = None
 
 
 Draw = Callable[[int, int], Block]
@@ -64,6 +65,8 @@ class Drawn:
         seeds: one for each.
         options: of `TextToImage.draw`.
         precision: fp32, bf16 or auto.
+        originals: for a model that is told an image: real pictures, one for each seed, of which it is told a
+            low-resolution version, say, and that it should draw again. Their captions are the prompts.
     """
 
     model: str
@@ -72,10 +75,20 @@ class Drawn:
     seeds: Sequence[int]
     options: dict[str, Any] = field(default_factory=dict)
     precision: str = "fp32"
+    originals: Shards | None = None
 
     @property
     def count(self) -> int:
         return len(self.seeds)
+
+    def first(self, count: int) -> Drawn:
+        """The first pictures alone."""
+        return replace(
+            self,
+            prompts=None if self.prompts is None else self.prompts[:count],
+            seeds=self.seeds[:count],
+            originals=None if self.originals is None else self.originals.first(count),
+        )
 
     @property
     def block(self) -> int:
@@ -83,6 +96,8 @@ class Drawn:
 
     def open(self, device: Any) -> Draw:
         model = _opened_model(self.model, self.tracking_uri, self.precision, device)
+        if self.originals is not None:
+            return self._open_told(model, self.originals.open(device))
 
         def draw(start: int, stop: int) -> Block:
             prompts = None if self.prompts is None else list(self.prompts[start:stop])
@@ -91,6 +106,35 @@ class Drawn:
             return Block(pictures, prompts or [""] * len(seeds), [f"seed {seed}" for seed in seeds])
 
         draw.precision = model.precision  # type: ignore[attr-defined]  # which auto meant on this device
+        return draw
+
+    def _open_told(self, model: Any, read: Draw) -> Draw:
+        """For a model that is told an image: of each original, what it is to be got back from."""
+        import torch
+
+        from genmodels.diffusion.image_condition import as_given
+        from genmodels.diffusion.pipeline import to_pixels
+        from genmodels.metrics.image import psnr, ssim
+
+        def draw(start: int, stop: int) -> Block:
+            block = read(start, stop)
+            seeds = list(self.seeds[start : start + len(block.captions)])
+            if not seeds:
+                return block
+            images = torch.from_numpy(block.pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+            batch = {"images": images, "seeds": torch.tensor(seeds)}
+            if block.others is not None:
+                batch["condition_images"] = torch.from_numpy(block.others).permute(0, 3, 1, 2).float() / 127.5 - 1
+            given, masks = as_given(model.image_condition, batch)
+            told: dict[str, Any] = {"images": to_pixels(given)}
+            if masks is not None:
+                told["masks"] = masks[:, 0].numpy() > 0
+            pictures = model.draw(block.captions if model.conditional else None, seeds, **told, **self.options)
+            drawn = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+            scores = {"psnr": psnr(drawn, images).clamp(max=_ROUNDING_DECIBELS), "ssim": ssim(drawn, images)}
+            return block._replace(pictures=pictures, scores={name: found.numpy() for name, found in scores.items()})
+
+        draw.precision = model.precision  # type: ignore[attr-defined]
         return draw
 
 
@@ -170,6 +214,10 @@ class Shards:
         """`count` samples, or all where there are fewer."""
         return Shards(index, spec, spread_slots(index, min(count, index.samples)))
 
+    def first(self, count: int) -> Shards:
+        """The first samples alone."""
+        return replace(self, slots=self.slots[:count])
+
     @property
     def count(self) -> int:
         return len(self.slots)
@@ -191,7 +239,11 @@ class Shards:
                 [text for text, ok in zip(table[name].to_pylist(), good) if ok] for name in ("caption", "key")
             )
             unused = [f"{key}: {reason}" for key, reason in zip(table["key"].to_pylist(), reasons) if reason]
-            return Block(np.ascontiguousarray(pictures), captions, keys, unused=unused)
+            others = None
+            if self.spec.condition_image is not None:
+                told = np.stack([np.frombuffer(row, np.uint8) for row in table["condition_image"].to_pylist()])
+                others = np.ascontiguousarray(told.reshape(-1, 3, size, size).transpose(0, 2, 3, 1)[good])
+            return Block(np.ascontiguousarray(pictures), captions, keys, unused=unused, others=others)
 
         return read
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -40,6 +41,7 @@ class Subject:
         step: of the training, 0 where it is not known.
         conditional: whether it draws from captions; pictures may have some.
         image_size: of what it draws; 0 where any is possible.
+        image_condition: the configuration of the image that it is told, if it is told one.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Subject:
     step: int = 0
     conditional: bool = True
     image_size: int = 0
+    image_condition: dict[str, Any] | None = None
 
 
 def find_subject(reference: str, tracking_uri: str | None = None) -> Subject:
@@ -83,8 +86,6 @@ def _exported(name: str, folder: Path, opened: str, config: TrainConfig | None) 
     kind = export_kind(folder)
     if kind not in ("text_to_image", "autoencoder"):
         raise BadRequest(f"{name} is of kind {kind}: only diffusion models and autoencoders give pictures")
-    if (told := image_condition(folder)) is not None:
-        raise BadRequest(f"{name} draws from an image ({told['kind']}), and is evaluated on none so far")
     return Subject(
         name=name,
         kind=kind,
@@ -94,6 +95,7 @@ def _exported(name: str, folder: Path, opened: str, config: TrainConfig | None) 
         config=config,
         conditional=takes_prompts(folder),
         image_size=_image_size(folder) if config is None else config.objective.image_size,
+        image_condition=image_condition(folder),
     )
 
 

@@ -1,4 +1,4 @@
-"""What is measured of autoencoders, and of pictures and captions by a CLIP, without Ray: one block at a time."""
+"""What is measured of autoencoders, of models that are told an image, and of captions by a CLIP, without Ray."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from genmodels.autoencoder.codec import LatentCodec
+from genmodels.diffusion.image_condition import random_rectangles
+from genmodels.diffusion.pipeline import TextToImage, to_pixels
 from genmodels.families import build_objective
 from genmodels.features.config import ClipFeatures
 from genmodels.features.extractor import open_extractor
@@ -19,7 +22,7 @@ from pipelines.data.spec import SampleSpec
 from pipelines.demo.classifier import digits_extractor
 from pipelines.evaluation.figures import Sets, measure_figures
 from pipelines.evaluation.measure import Extractors, measured_rows
-from pipelines.evaluation.sources import Block, Reconstructed, Shards
+from pipelines.evaluation.sources import Block, Drawn, Reconstructed, Shards
 from pipelines.evaluation.store import FeatureStore, StoreWriter
 from tests.genmodels import tiny
 from tests.pipelines.training import small_run
@@ -77,3 +80,33 @@ def test_a_clip_of_ones_own_scores_captions(shards, tmp_path):
     similar = store.embeddings @ texts.T
     own = np.diag(similar)[:, None]
     assert found.value("retrieval_of_40") == pytest.approx(((similar >= own).sum(axis=1) == 1).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["low_resolution", "mask", "edges"])
+def test_a_model_that_is_told_an_image_is_told_that_of_each_real_picture(shards, tmp_path, kind):
+    inputs = tiny.write_inputs(tmp_path / "inputs")
+    told = {"low_resolution": {"factor": 2}, "mask": {"largest": 0.5}, "edges": {}}[kind]
+    config = tiny.diffusion_config(image_condition={"kind": kind, **told})
+    build_objective(config, inputs).export(tmp_path / "export")
+    options = {"num_steps": 2, "batch_size": 8}
+    source = Drawn(str(tmp_path / "export"), None, None, list(range(100, 140)), options, originals=shards)
+    block, originals = source.open("cpu")(8, 16), shards.open("cpu")(8, 16)
+    assert block.captions == originals.captions and block.pictures.shape == originals.pictures.shape
+    model = TextToImage.from_folder(tmp_path / "export")
+    images = torch.from_numpy(originals.pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    given = {
+        "low_resolution": lambda: {"images": to_pixels(avg_pool2d(images, 2))},
+        "edges": lambda: {"images": originals.pictures},
+        "mask": lambda: {
+            "images": originals.pictures,
+            "masks": random_rectangles(torch.arange(108, 116), 16, 0.5)[:, 0].numpy() > 0,
+        },
+    }[kind]()
+    expected = model.draw(originals.captions, list(range(108, 116)), **options, **given)
+    assert (block.pictures == expected).all() and np.ptp(expected) > 20
+    if kind == "mask":
+        kept = ~given["masks"]
+        assert (block.pictures[kept] == originals.pictures[kept]).all()
+    error = np.square((expected.astype(float) - originals.pictures) / 127.5).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(block.scores["psnr"], 10 * np.log10(4 / error), rtol=1e-4)
+    assert source.first(5).count == 5 and source.first(5).originals.count == 5

@@ -80,7 +80,8 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     earlier = None if arguments.against is None else read_figures(arguments.against)
 
-    from pipelines.evaluation.run import Request, evaluate
+    from pipelines.evaluation.plan import Request
+    from pipelines.evaluation.run import evaluate
 
     summary = evaluate(
         Request(

@@ -6,65 +6,39 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
-from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from genmodels.features.config import FeaturesConfig
-from genmodels.features.extractor import FeatureExtractor, open_extractor
 from genmodels.metrics.figure import Conditions
-from genmodels.metrics.intervals import mean_interval, share_interval
-from genmodels.metrics.kernel import kernel_interval
-from genmodels.metrics.text import clip_scores
 from infra.errors import BadRequest
 from infra.mlflow_store import check_tracking
-from infra.registry import resolve_model
 from infra.storage import run_root
-from pipelines.evaluation.charts import Point
-from pipelines.evaluation.figures import Measured, Reader, Sets, measure_figures
+from pipelines.evaluation.curves import measure_curves
+from pipelines.evaluation.figures import Measured, Sets, measure_figures
 from pipelines.evaluation.findings import findings
 from pipelines.evaluation.measure import Extractors, measure
-from pipelines.evaluation.references import Reference, data_of, find_reference
-from pipelines.evaluation.report import Curve, write_report
+from pipelines.evaluation.plan import (
+    Request,
+    check_counts,
+    curve_sources,
+    extractors_of,
+    generated_of,
+    readable,
+    references_of,
+)
+from pipelines.evaluation.references import Reference
+from pipelines.evaluation.report import write_report
 from pipelines.evaluation.slices import BY_CLASS, BY_WORD, by_class, by_word
-from pipelines.evaluation.sources import Drawn, Files, Reconstructed, Shards, Source
+from pipelines.evaluation.sources import Drawn, Source
 from pipelines.evaluation.store import FeatureStore
 from pipelines.evaluation.subject import Subject, find_subject
 from pipelines.training import cluster
-
-_FEWEST = 10  # pictures of a set
-_SETTINGS = {"num_steps": "steps", "guidance_scale": "guidance"}
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is asked for; see the arguments of `evaluate.py`. None takes what the subject's run tells."""
-
-    model: str
-    tracking_uri: str | None = None
-    count: int = 2000
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-    precision: str = "fp32"
-    data: str | None = None
-    training_data: str | None = None
-    caption: str | None = None
-    data_count: int = 10_000
-    features: str | None = None
-    clip: str | None = None
-    perceptual: str | None = None
-    curve_settings: Mapping[str, list[Any]] = field(default_factory=dict)
-    curve_count: int = 0
-    actors: int | None = None
-    out: Path | None = None
-    log: bool = True
 
 
 class _Clock:
@@ -90,15 +64,15 @@ def evaluate(request: Request) -> dict[str, Any]:
     subject = find_subject(request.model, request.tracking_uri)
     if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():
         raise BadRequest(f"--lpips {request.perceptual}: there is no such file")
-    extractors, reader = _extractors(request, subject)
-    references = _references(request, subject, extractors)
+    extractors, reader = extractors_of(request, subject)
+    references = references_of(request, subject, extractors)
     out = request.out or run_root() / "evaluation" / _folder_name(subject)
-    generated = _generated(request, subject, references["held_out"])
-    _check_counts(generated, references)
-    if reader is not None and not _readable(generated, references["held_out"]):
+    generated = generated_of(request, subject, references["held_out"])
+    check_counts(generated, references)
+    if reader is not None and not readable(generated, references["held_out"]):
         reader = None
     sources: dict[str, Source] = {"generated": generated}
-    curves = _curve_sources(request, generated) if isinstance(generated, Drawn) else {}
+    curves = curve_sources(request, generated) if isinstance(generated, Drawn) else {}
     sources |= {name: source for found in curves.values() for name, source in found.items()}
     folders = {name: out / "pictures" / name for name in sources}
     facts: dict[str, dict[str, Any]] = {name: {} for name in sources}
@@ -128,7 +102,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     measured = measure_figures(sets, conditions, reader, texts)
     found = findings(measured)
     slices = {BY_WORD: by_word(sets, measured), BY_CLASS: by_class(sets, measured)}
-    drawn_curves = _curves(request, curves, stores, sets, reader, extractors)
+    drawn_curves = measure_curves(request, curves, stores, sets, reader, extractors)
     clock.lap("figures")
     facts_told = {"model": request.model, "digest of the model": subject.digest, "pictures": str(out / "pictures")}
     report = out / "report.html"
@@ -154,128 +128,6 @@ def evaluate(request: Request) -> dict[str, Any]:
         except Exception as error:  # whatever MLflow and what is between raise: the work is done, and is not lost
             raise BadRequest(f"figures and report are in {out}, but MLflow did not take them: {error}") from error
     return summary
-
-
-def _extractors(request: Request, subject: Subject) -> tuple[Extractors, Reader | None]:
-    """What looks at the pictures, and for the demo's data what reads them. Raises BadRequest."""
-    kind = request.features
-    if kind is None and subject.config is not None and subject.config.data.demo == "digits":
-        kind = "digits"
-    if kind is None:
-        raise BadRequest(
-            "no feature extractor is known for these data: name one, such as --features dinov2:FOLDER_OR_HUB_NAME, "
-            "inception:WEIGHTS, clip:FOLDER or classifier:FOLDER"
-        )
-    try:
-        clip = None
-        if request.clip is not None:
-            folder = request.clip
-            if folder.startswith("models:"):
-                folder = str(resolve_model(folder, request.tracking_uri))
-            clip = open_extractor(TypeAdapter(FeaturesConfig).validate_python({"kind": "clip", "path": folder}))
-        if kind == "digits":
-            from pipelines.demo.classifier import digits_extractor
-            from pipelines.demo.evaluation import follow_captions
-
-            return Extractors(digits_extractor(), clip), follow_captions
-        return Extractors(_named(kind), clip), None
-    except ValueError as error:
-        raise BadRequest(f"--features or --clip: {' '.join(str(error).split())}") from None
-
-
-def _check_counts(generated: Source, references: Mapping[str, Reference]) -> None:
-    """Raises BadRequest where there are too few pictures for figures."""
-    for name, count in [("pictures", generated.count), *((n, r.shards.count) for n, r in references.items())]:
-        if count < _FEWEST:
-            raise BadRequest(f"{name.replace('_', '-')}: {count} are too few to measure; at least {_FEWEST} are needed")
-
-
-def _readable(generated: Source, held_out: Reference) -> bool:
-    """Whether all captions are sentences about digits, so that it can be read whether they are followed."""
-    from pipelines.demo.digits import parse_caption
-
-    asked: Sequence[str] | None = None
-    if isinstance(generated, Drawn):
-        asked = generated.prompts if generated.originals is None else []
-    if isinstance(generated, Files):
-        asked = generated.captions
-    if asked is None or held_out.shards.spec.caption is None:
-        return False
-    try:
-        for caption in {*asked, *held_out.shards.captions()}:
-            parse_caption(caption)
-    except ValueError:
-        return False
-    return True
-
-
-def _named(text: str) -> FeatureExtractor:
-    kind, _, path = text.partition(":")
-    try:
-        config = TypeAdapter(FeaturesConfig).validate_python({"kind": kind, "path": path})
-    except ValidationError:
-        raise ValueError(f"{text!r}: write KIND:PATH with a kind of classifier, inception, dinov2 or clip") from None
-    return open_extractor(config)
-
-
-def _references(request: Request, subject: Subject, extractors: Extractors) -> dict[str, Reference]:
-    """Held-out data, and those of the training where they are known."""
-    data, training = data_of(subject, request.data, request.training_data)
-    caption = request.caption
-    if caption is None and subject.kind == "text_to_image" and subject.conditional:
-        caption = (None if subject.config is None else subject.config.data.caption) or "txt"
-    size = subject.image_size or extractors.features.size
-    found = {"held_out": find_reference(data, size, caption, request.data_count, extractors)}
-    if training is not None:
-        found["training"] = find_reference(training, size, caption, 2 * request.data_count, extractors)
-    return found
-
-
-def _generated(request: Request, subject: Subject, held_out: Reference) -> Source:
-    """Where the pictures come from that are measured."""
-    if subject.reference is None:
-        return Files.under(subject.folder, held_out.shards.spec.image_size)
-    if subject.kind == "autoencoder":
-        index, spec = held_out.shards.index, held_out.shards.spec
-        originals = Shards.spread(index, spec, request.count)
-        return Reconstructed(subject.reference, subject.tracking_uri, originals, request.perceptual)
-    if subject.image_condition is not None:
-        spec = replace(held_out.shards.spec, condition_image=subject.image_condition.get("member"))
-        spread = Shards.spread(held_out.shards.index, spec, request.count)
-        originals = replace(spread, slots=np.random.default_rng(0).permutation(spread.slots))
-        seeds = [request.seed * request.count + i for i in range(originals.count)]
-        return Drawn(
-            subject.reference, subject.tracking_uri, None, seeds, dict(request.options), request.precision, originals
-        )
-    prompts = None
-    if subject.conditional:
-        prompts = spread_prompts(held_out.shards.captions(), request.count)
-    seeds = [request.seed * request.count + i for i in range(request.count)]
-    return Drawn(subject.reference, subject.tracking_uri, prompts, seeds, dict(request.options), request.precision)
-
-
-def spread_prompts(captions: Sequence[str], count: int) -> list[str]:
-    """`count` of the captions, spread evenly over them (each as often as any other), in a fixed random order: the first
-    few stand for all."""
-    places = np.arange(count) * len(captions) // count if count <= len(captions) else np.arange(count) % len(captions)
-    return [captions[place] for place in np.random.default_rng(0).permutation(places)]
-
-
-def _curve_sources(request: Request, generated: Drawn) -> dict[str, dict[str, Drawn]]:
-    """For each setting of the sampler, the sources with other values of it, by a name for each."""
-    if not request.curve_count:
-        return {}
-    first = generated.first(request.curve_count)
-    guided = generated.prompts is not None or generated.originals is not None
-    return {
-        option: {
-            f"{option}-{value:g}": replace(first, options={**generated.options, option: value})
-            for value in values
-            if value != generated.options[option]
-        }
-        for option, values in request.curve_settings.items()
-        if option != "guidance_scale" or guided
-    }
 
 
 def _connect(request: Request) -> tuple[int, bool]:
@@ -353,48 +205,6 @@ def _check_nodes(request: Request, subject: Subject, references: Mapping[str, Re
         cluster.check_shared(reference.shards.index.url, f"{name.replace('_', '-')} data")
     if subject.tracking_uri is not None:
         check_tracking(subject.tracking_uri, cluster.node_count())
-
-
-def _curves(
-    request: Request,
-    curves: Mapping[str, Mapping[str, Drawn]],
-    stores: Mapping[str, FeatureStore],
-    sets: Sets,
-    reader: Reader | None,
-    extractors: Extractors,
-) -> list[Curve]:
-    """Kernel distance, and how well captions are followed, against each setting of the sampler."""
-    found = []
-    for option, sources in curves.items():
-        if not sources:
-            continue
-        few = next(iter(sources.values())).count
-        chosen = float(request.options[option])
-        settings = {chosen: sets.generated, **{float(d.options[option]): stores[name] for name, d in sources.items()}}
-        title = {"num_steps": "number of steps", "guidance_scale": "guidance scale"}[option]
-        points = {
-            setting: kernel_interval(store.features[:few], sets.held_out.features, few // 5)
-            for setting, store in settings.items()
-        }
-        found.append((f"Kernel distance, by {title} (lower is better)", option, points, chosen, few))
-        if reader is not None:
-            read = {s: reader(store.thumbnails[:few], store.captions[:few])["all"] for s, store in settings.items()}
-            points = {setting: share_interval(int(right.sum()), few) for setting, right in read.items()}
-            found.append((f"Captions followed, by {title} (higher is better)", option, points, chosen, few))
-        elif extractors.clip is not None and all(sets.generated.captions):
-            texts = extractors.clip.texts(sets.generated.captions[:few])
-            points = {
-                setting: mean_interval(clip_scores(store.embeddings[:few], texts))
-                for setting, store in settings.items()
-                if store.embeddings is not None
-            }
-            found.append((f"CLIP score, by {title} (higher is better)", option, points, chosen, few))
-    return [
-        Curve(
-            title, _SETTINGS[option], [Point(s, i.value, i.low, i.high) for s, i in sorted(points.items())], chosen, few
-        )
-        for title, option, points, chosen, few in found
-    ]
 
 
 def _folder_name(subject: Subject) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,7 +12,6 @@ import torch.distributed as dist
 
 from genmodels.features.extractor import FeatureExtractor
 from genmodels.objective import Drawing, Mean
-from infra import storage
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
 from pipelines.data.fixed import fixed_batches, read_fixed
@@ -23,6 +19,7 @@ from pipelines.data.index import DatasetIndex
 from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.pictures import grid_png
+from pipelines.training.audit import Audit
 from pipelines.training.checkpoint import Checkpoint, commit_snapshot, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.evaluation import FRECHET_DISTANCE, DrawnPictures
@@ -292,40 +289,6 @@ def checked(
         quarantine.add(batch["keys"], batch["reasons"], batch["step"])
         quarantine.check()
         yield batch
-
-
-class Audit:
-    """Writes what each rank was given, as JSON lines: step, key, seed, weight and a hash of the pixels.
-
-    Each `write`, at a checkpoint and at the end, is a file of its own: all steps before a checkpoint are there however
-    the run ends, and a restart overwrites nothing. A step that was done again may be there twice, with equal lines.
-    """
-
-    def __init__(self, folder: RunFolder, rank: int, start: int) -> None:
-        self.url = folder.path("audit", f"from-{start:08d}-rank-{rank:04d}-{socket.gethostname()}-{time.time_ns()}")
-        self.lines: list[str] = []
-        self.written = 0
-
-    def record(self, batch: RankBatch) -> None:
-        for row, key in enumerate(batch["keys"]):
-            digest = hashlib.sha256(batch["images"][row].contiguous().numpy().tobytes()).hexdigest()[:16]
-            self.lines.append(
-                json.dumps(
-                    {
-                        "step": batch["step"],
-                        "key": key,
-                        "seed": int(batch["seeds"][row]),
-                        "weight": float(batch["weight"][row]),
-                        "pixels": digest,
-                    }
-                )
-            )
-
-    def write(self) -> None:
-        """Write what was recorded since the last time."""
-        if self.lines:
-            storage.write_bytes(f"{self.url}-{self.written:06d}.jsonl", ("\n".join(self.lines) + "\n").encode())
-            self.lines, self.written = [], self.written + 1
 
 
 def training_device(use_gpu: bool) -> torch.device:

@@ -20,11 +20,12 @@ from pipelines.data.index import load_index
 from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import Quarantine
 from pipelines.data.stream import training_batches
+from pipelines.training.audit import Audit
 from pipelines.training.board import NETWORK_WORDS
 from pipelines.training.checkpoint import newest_verified
 from pipelines.training.config import TrainConfig
 from pipelines.training.export import initial_objective
-from pipelines.training.hooks import Audit, RunHooks, checked, known_best, training_device
+from pipelines.training.hooks import RunHooks, checked, known_best, training_device
 from pipelines.training.inputs import local_inputs, sample_spec
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer

@@ -71,6 +71,13 @@ def test_version_carries_its_lineage(registered, export):
     assert version.description.startswith("# tiny")
 
 
+def test_figures_of_an_evaluation_are_tags_of_the_version(registered):
+    for recall in ("0.5 [0.4, 0.6]", "0.7 [0.6, 0.8]"):
+        registry.tag_version(None, "tiny", "1", {"evaluation.recall": recall})
+    version = registry.find_version(registered[1])
+    assert version.tags["evaluation.recall"] == "0.7 [0.6, 0.8]" and version.tags["index_digest"] == "abc"
+
+
 def test_registering_again_is_the_same_version(registered, export):
     run_id, reference = registered
     assert registry.register_export(None, run_id, export, "tiny", FACTS, "seed: 0\n", {}) == reference

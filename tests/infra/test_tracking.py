@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import sqlite3
 import threading
@@ -107,6 +108,17 @@ def test_the_first_error_is_the_one_that_is_raised():
         logger.log(1, {"train/loss": 1.0})
         raise ZeroDivisionError
     assert "logging to MLflow" in caught.value.__notes__[0]
+
+
+def test_an_evaluation_has_its_figures_at_its_step_and_its_files(uri, run_id, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("page")
+    tracking.log_evaluation(uri, run_id, {"evaluation_recall": 0.5, "evaluation_none": math.inf}, 60, [page])
+    rows = tracking.metric_history(uri, run_id, ["evaluation_recall", "evaluation_none"])
+    assert rows == [{"step": 60, "evaluation_recall": 0.5}]
+    assert [f.path for f in mlflow_store.open_client(uri).list_artifacts(run_id, "evaluation")] == [
+        "evaluation/report.html"
+    ]
 
 
 def test_system_metrics(uri, run_id):

@@ -11,7 +11,7 @@ from genmodels.metrics.kernel import kernel_interval
 from infra.errors import BadRequest
 from pipelines.evaluation.figures import _inception
 from pipelines.evaluation.measure import _check_unused, pair_similarity
-from pipelines.evaluation.run import spread_prompts
+from pipelines.evaluation.plan import spread_prompts
 
 
 @pytest.fixture

@@ -14,9 +14,10 @@ from pipelines.data.batch import RankBatch
 from pipelines.data.index import load_index
 from pipelines.data.quarantine import DataFailure, Quarantine, read_quarantine
 from pipelines.data.spec import SampleSpec
+from pipelines.training.audit import Audit
 from pipelines.training.checkpoint import Snapshot, list_checkpoints
 from pipelines.training.config import TrainConfig
-from pipelines.training.hooks import Audit, RunHooks, checked
+from pipelines.training.hooks import RunHooks, checked
 from pipelines.training.metrics import MeanLog, Throughput
 from pipelines.training.run_folder import RunFolder
 from tests.genmodels import tiny

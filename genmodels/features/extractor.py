@@ -45,15 +45,15 @@ class FeatureExtractor:
     """
 
     def __init__(
-        self, kind: str, network: nn.Module, size: int, dimensions: int, device: torch.device, pixels: str = ""
+        self, kind: str, network: nn.Module, size: int, dimensions: int, device: torch.device, settings: str = ""
     ) -> None:
-        self.kind, self.size, self.dimensions, self.device, self._scaling = kind, size, dimensions, device, pixels
+        self.kind, self.size, self.dimensions, self.device, self._settings = kind, size, dimensions, device, settings
         self.network = network.to(device).eval().requires_grad_(False)
 
     @cached_property
     def digest(self) -> str:
-        """Of kind, size, scaling and weights: equal digests mean comparable features. Sixteen hexadecimal digits."""
-        digest = hashlib.sha256(f"{self.kind} {self.size} {self._scaling}".encode())
+        """Of kind, size, settings and weights: equal digests mean comparable features. Sixteen hexadecimal digits."""
+        digest = hashlib.sha256(f"{self.kind} {self.size} {self._settings}".encode())
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -133,7 +133,9 @@ class _Pretrained(FeatureExtractor):
 
     def __init__(self, kind: str, network: Any, path: str, size: int, dimensions: int, device: torch.device) -> None:
         mean, deviation = _pixel_statistics(path, _CLIP if kind == "clip" else _IMAGENET)
-        super().__init__(kind, network, size, dimensions, device, f"{mean} {deviation}")
+        parts = [network.config, *(getattr(network.config, f"{side}_config", None) for side in ("text", "vision"))]
+        activations = [getattr(part, "hidden_act", None) for part in parts]
+        super().__init__(kind, network, size, dimensions, device, f"{mean} {deviation} {activations}")
         self._mean, self._deviation = (torch.tensor(v).view(3, 1, 1) for v in (mean, deviation))
 
     def _pixels(self, images: Tensor) -> Tensor:
@@ -160,6 +162,7 @@ class _Clip(_Pretrained):
         size = network.config.vision_config.image_size
         super().__init__("clip", network, config.path, size, network.config.projection_dim, device)
         self.tokenizer: Any = CLIPTokenizer.from_pretrained(config.path)
+        self._settings += f" {sorted(self.tokenizer.get_vocab().items())}"
 
     def _features(self, images: Tensor) -> Features:
         network: Any = self.network
@@ -183,8 +186,10 @@ class _OwnClip(FeatureExtractor):
         from genmodels.clip.objective import open_pair
 
         self._pair = open_pair(folder)
-        shape = self._pair.config
-        super().__init__("clip", self._pair.clip, shape.image_size, shape.embedding_dim, device)
+        shape, tokenizer = self._pair.config, self._pair.tokenizer
+        assert tokenizer is not None
+        settings = f"{shape.model_dump_json()} {sorted(tokenizer.get_vocab().items())}"
+        super().__init__("clip", self._pair.clip, shape.image_size, shape.embedding_dim, device, settings)
 
     def _features(self, images: Tensor) -> Features:
         embedded = self._pair.clip.image_encoder(images / 127.5 - 1)

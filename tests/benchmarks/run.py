@@ -134,7 +134,7 @@ def evaluation(bench: Workbench, rounds: int, show: Any) -> tuple[Ratio, float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="figures as JSON [out/bench.json]")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of each comparison [15]")
+    parser.add_argument("--rounds", type=int, default=13, help="turns of each comparison [13]")
     arguments = parser.parse_args()
     out, begun, console = arguments.out.absolute(), time.time(), Console(soft_wrap=True)
 

@@ -62,6 +62,8 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     clock = _Clock()
     subject = find_subject(request.model, request.tracking_uri)
+    if request.perceptual is not None and subject.kind != "autoencoder":
+        raise BadRequest(f"--lpips compares an autoencoder's reconstructions, and {request.model} is no autoencoder")
     if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():
         raise BadRequest(f"--lpips {request.perceptual}: there is no such file")
     extractors, reader = extractors_of(request, subject)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,12 +114,17 @@ def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # not that some function failed, but how
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # what matters is raised
-    with DataContext.current(context):
+    # On a cluster, an actor whose node was lost is started anew. On this machine alone it would meet what
+    # ended it again, and for actors that restart Ray prints a warning of losing their arguments.
+    once = None if os.environ.get("RAY_ADDRESS") else (lambda: {"max_restarts": 0, "max_task_retries": 0})
+    with DataContext.current(context), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of `ray_remote_args_fn`, from Ray 2.64 on
         return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _Measurer,
             batch_size=1,
             compute=ActorPoolStrategy(size=actors),
             fn_constructor_args=[[shared]],  # in a list, the reference is sent and not what it stands for
+            ray_remote_args_fn=once,
             **({"num_gpus": 1} if use_gpu else {"num_cpus": 1}),
         )
 

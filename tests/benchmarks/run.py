@@ -134,7 +134,7 @@ def evaluation(bench: Workbench, rounds: int, show: Any) -> tuple[Ratio, float, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/bench.json"), help="figures as JSON [out/bench.json]")
-    parser.add_argument("--rounds", type=int, default=13, help="turns of each comparison [13]")
+    parser.add_argument("--rounds", type=int, default=10, help="turns of each comparison [10]")
     arguments = parser.parse_args()
     out, begun, console = arguments.out.absolute(), time.time(), Console(soft_wrap=True)
 
@@ -147,7 +147,7 @@ def main() -> None:
         bench.prepare()
         found = steps(bench, arguments.rounds, show)
         found["generate_ratio"], pixels = drawing(bench, found["export"], max(1, arguments.rounds // 5), show)
-        found["evaluate_ratio"], peak, measuring = evaluation(bench, max(1, arguments.rounds // 6), show)
+        found["evaluate_ratio"], peak, measuring = evaluation(bench, max(1, arguments.rounds // 5), show)
 
     table = Table(title="Machinery against the bare thing, one thread, medians of turns")
     for column in ("", "ours, s", "bare, s", "ratio", "from … to", "goal"):

@@ -16,14 +16,16 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
 
 if TYPE_CHECKING:
     from genmodels.objective import Objective
 
-MemberConfig = Annotated[AutoencoderConfig | ClipConfig | LatentDiffusionConfig, Field(discriminator="kind")]
+_Alone = AutoencoderConfig | ClipConfig | LatentDiffusionConfig | DiffusionPriorConfig | AutoregressivePriorConfig
+MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
 
-_TAKEN = ("init", "tokenizer", "complete")  # what else is among the inputs of a run
+_TAKEN = ("init", "tokenizer", "clip", "complete")  # what else is among the inputs of a run
 
 
 class SideBySideConfig(Section):
@@ -57,9 +59,7 @@ class SideBySideConfig(Section):
         return any(getattr(member, "conditional", False) for member in self.members.values())
 
 
-ObjectiveConfig = Annotated[
-    AutoencoderConfig | ClipConfig | LatentDiffusionConfig | SideBySideConfig, Field(discriminator="kind")
-]
+ObjectiveConfig = Annotated[_Alone | SideBySideConfig, Field(discriminator="kind")]
 
 
 def objective_class(kind: str) -> type[Objective]:
@@ -77,6 +77,14 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.diffusion.objective import LatentDiffusion
 
             return LatentDiffusion
+        case "diffusion_prior":
+            from genmodels.unclip.diffusion_prior import DiffusionPrior
+
+            return DiffusionPrior
+        case "autoregressive_prior":
+            from genmodels.unclip.autoregressive_prior import AutoregressivePrior
+
+            return AutoregressivePrior
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 

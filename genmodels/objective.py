@@ -74,7 +74,9 @@ class Phase:
         every: the phase runs at steps that are a multiple of this.
         start_step: first step at which the phase runs.
         couples_samples: the loss mixes the samples of a batch (a contrastive loss, batch norm). Accumulation would
-            then change its meaning, so it is refused.
+            then change its meaning, so it is refused, unless it `caches_gradients`.
+        caches_gradients: the loss of each micro-batch is such that together they have the gradient of the whole batch's:
+            `prepare` has seen all of them.
         double_backward: the loss takes a gradient itself (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
     """
 
@@ -83,6 +85,7 @@ class Phase:
     every: int = 1
     start_step: int = 0
     couples_samples: bool = False
+    caches_gradients: bool = False
     double_backward: bool = False
 
     def runs_at(self, step: int) -> bool:
@@ -119,8 +122,8 @@ class Objective:
     trained: dict[str, list[str]] = {}
     """Patterns of the names of the parameters that are trained, by network; one that is not in it is trained whole."""
 
-    def prepare(self, batch: Batch) -> None:
-        """Compute, with `once` and without gradients, what the phases will ask of a micro-batch of training."""
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Compute, with `once` and without gradients, what the phases will ask of the micro-batches of a step."""
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """Metrics on held-out data. Must contain `loss`. Fixed noise and timesteps: all from `batch["seeds"]`."""

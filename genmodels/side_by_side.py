@@ -5,7 +5,7 @@ What differs between them is then their own doing. Start-up, reading and the fro
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +75,9 @@ class SideBySide(Objective):
             for network, module in objective_class(member.kind).abstract_networks(member).items()
         }
 
-    def prepare(self, batch: Batch) -> None:
+    def prepare(self, batches: Sequence[Batch]) -> None:
         for member in self.members.values():
-            member.prepare(batch)
+            member.prepare(batches)
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """Each member's figures."""

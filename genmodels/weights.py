@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
+
+def required_folder(inputs: Path | None, name: str) -> Path:
+    """The folder `name` among the inputs of a run. Raises ValueError where there is none."""
+    if inputs is None or not (inputs / name).is_dir():
+        raise ValueError(f"this configuration needs {name}/ among its inputs, and there is none in {inputs}")
+    return inputs / name
 
 
 def load_into(network: nn.Module, folder: Path) -> None:
@@ -46,6 +54,15 @@ def copy_weights(weights: dict[str, Tensor], network: nn.Module, folder: Path) -
         more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
         raise ValueError(f"init_from: the weights in {folder} do not fit this config: {'; '.join(wrong[:3])}{more}")
     network.load_state_dict(weights)
+
+
+def weights_digest(network: nn.Module, settings: str) -> str:
+    """Of settings and all weights: equal digests mean the same network. Sixteen hexadecimal digits."""
+    digest = hashlib.sha256(settings.encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def forward_flops(build: Callable[[], nn.Module], *shapes_and_types: tuple[tuple[int, ...], torch.dtype]) -> float:

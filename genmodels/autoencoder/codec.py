@@ -66,6 +66,27 @@ class LatentCodec(nn.Module):
         return next(self.model.parameters()).dtype
 
     @torch.no_grad()
+    def moments(self, images: Tensor) -> Tensor:
+        """What `from_moments` makes latents of, float32 (batch, channels, height / factor, width / factor): mean and
+        log-variance of a KL autoencoder's posterior, one after the other, or the latents of a vector-quantised one."""
+        encoded: Any = self.model.encode(images.to(self._dtype))
+        return (encoded.latents if isinstance(self.model, VQModel) else encoded.latent_dist.parameters).float()
+
+    def from_moments(self, moments: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Scaled latents as `encode` gives them, of `moments`."""
+        if not isinstance(self.model, VQModel):
+            moments, log_variance = moments.chunk(2, dim=1)
+            if seeds is not None:
+                deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))  # the bounds of diffusers' posterior
+                moments = moments + deviation * random.normal(seeds, moments.shape[1:], "latent")
+        return (moments - self.shift) * self.model.config.scaling_factor
+
+    def moments_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Of one image's `moments`."""
+        channels = self.channels if isinstance(self.model, VQModel) else 2 * self.channels
+        return channels, image_size // self.factor, image_size // self.factor
+
+    @torch.no_grad()
     def encode(self, images: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Scaled latents, float32 (batch, channels, height / factor, width / factor).
 
@@ -73,14 +94,7 @@ class LatentCodec(nn.Module):
             images: (batch, 3, height, width) in [-1, 1].
             seeds: int64 (batch,): a KL autoencoder's posterior is sampled by these, or gives its mean without.
         """
-        encoded: Any = self.model.encode(images.to(self._dtype))
-        if isinstance(self.model, VQModel):
-            return encoded.latents.float() * self.model.config.scaling_factor
-        posterior = encoded.latent_dist
-        latents = posterior.mean
-        if seeds is not None:
-            latents = latents + posterior.std * random.normal(seeds, latents.shape[1:], "latent")
-        return (latents.float() - self.shift) * self.model.config.scaling_factor
+        return self.from_moments(self.moments(images), seeds)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images, float32, nominally in [-1, 1], of scaled latents."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,12 +25,33 @@ class ConvolutionalImageEncoder(Section):
         return self
 
 
+class TransformerImageEncoder(Section):
+    """CLIP's vision transformer (Radford et al. 2021, section 2.4); the defaults are ViT-B/32."""
+
+    kind: Literal["transformer"] = "transformer"
+    patch_size: int = Field(32, gt=0, description="side of a patch in pixels; divides image_size")
+    width: int = Field(768, gt=0, description="features per token; a multiple of heads")
+    layers: int = Field(12, gt=0, description="transformer layers")
+    heads: int = Field(12, gt=0, description="attention heads per layer")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> TransformerImageEncoder:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
+
+
+ImageEncoderConfig = ConvolutionalImageEncoder | TransformerImageEncoder
+
+
 class ClipConfig(Section):
     """An image and a text encoder with one space of embeddings (Radford et al. 2021)."""
 
     kind: Literal["clip"] = "clip"
     image_size: int = Field(224, gt=0, description="height and width in pixels")
-    image_encoder: ConvolutionalImageEncoder = Field(ConvolutionalImageEncoder(), description="the image side")
+    image_encoder: Annotated[ImageEncoderConfig, Field(discriminator="kind")] = Field(
+        ConvolutionalImageEncoder(), description="kind convolutional, or transformer: what transformers' CLIPModel opens"
+    )
     text_encoder: TrainedTextEncoder = Field(TrainedTextEncoder(), description="the text side, kind trained")
     embedding_dim: int = Field(512, gt=0, description="features of the shared embeddings")
     temperature: float = Field(0.07, gt=0, description="of the softmax at the start; it is learnt, and at least 0.01")
@@ -42,9 +63,11 @@ class ClipConfig(Section):
 
     @model_validator(mode="after")
     def _size_divides(self) -> ClipConfig:
-        factor = 2 ** len(self.image_encoder.channels)
+        side = self.image_encoder
+        if isinstance(side, TransformerImageEncoder):
+            factor, origin = side.patch_size, "image_encoder.patch_size"
+        else:
+            factor, origin = 2 ** len(side.channels), "image_encoder.channels"
         if self.image_size % factor:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of {factor} (from image_encoder.channels)"
-            )
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {factor} (from {origin})")
         return self

@@ -1,12 +1,14 @@
 """Contrastive training of an image and a text encoder.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (ICML 2021), figure 3. The
-softmax runs over the global batch: embeddings are gathered from all ranks, so the loss is the same at every world size.
+softmax runs over the global batch: embeddings are gathered from all ranks, and under accumulation from all
+micro-batches, so the loss is the same however the batch is divided.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,20 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPModel, CLIPTokenizer
 
-from genmodels.clip.config import ClipConfig
-from genmodels.clip.network import Embeddings, build_pair
+from genmodels.clip.config import ClipConfig, TransformerImageEncoder
+from genmodels.clip.layout import FACTS
+from genmodels.clip.network import Embeddings, build_pair, from_transformers, to_transformers
+from genmodels.clip.statistics import EmbeddingStatistics
 from genmodels.objective import Batch, Mean, Objective, Phase, PhaseLoss, Preview
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 from genmodels.text.tokenizer import save as save_tokenizer
-from genmodels.weights import forward_flops, load_into
+from genmodels.weights import copy_weights, forward_flops, load_into
 
-FACTS = "clip.json"  # marks the export, and says what `open_pair` builds
-_ENCODERS = "encoders.safetensors"  # all but the text encoder, which has a folder of its own
+_ENCODERS = "encoders.safetensors"  # of convolutions: all but the text encoder, which has a folder of its own
+_PIXELS = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # for transformers: to [-1, 1]
 
 
 class Clip(Objective):
@@ -38,7 +42,8 @@ class Clip(Objective):
         self.clip = build_pair(config, tokenizer)
         self.networks: dict[str, nn.Module] = {"clip": self.clip}
         self.frozen: dict[str, nn.Module] = {}
-        self.phases = [Phase("clip", self.loss, couples_samples=True)]
+        self.phases = [Phase("clip", self.loss, couples_samples=True, caches_gradients=True)]
+        self.statistics: EmbeddingStatistics | None = None
 
     @staticmethod
     def from_config(config: ClipConfig, inputs: Path | None = None) -> Clip:
@@ -57,14 +62,53 @@ class Clip(Objective):
         with torch.device("meta"):
             return {"clip": build_pair(config)}
 
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Under accumulation: what the loss of the whole batch asks of the embeddings of each micro-batch.
+
+        Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (RepL4NLP 2021), section
+        3.2: all embeddings are computed without their activations, then the gradient of the loss with respect to them;
+        each micro-batch is computed once more to pass its share of it on. Nothing in the encoders is random.
+        """
+        if len(batches) == 1:
+            return
+        parts = [self.clip(batch["images"], batch["token_ids"]) for batch in batches]
+        images, texts = (torch.cat([getattr(part, side) for part in parts]) for side in ("images", "texts"))
+        own = Embeddings(*(value.detach().requires_grad_() for value in (images, texts, parts[0].scale)))
+        with torch.enable_grad():
+            loss, metrics = self._whole(own, torch.cat([batch["weight"] for batch in batches]), len(batches))
+        of_images, of_texts, of_scale = torch.autograd.grad(loss, own)
+        first = 0
+        for batch, logged in zip(batches, metrics, strict=True):
+            part = slice(first, first := first + len(batch["weight"]))
+            # The engine takes the mean over micro-batches, and the sum is what is wanted; of the scale each has all.
+            factor = len(batches)
+            cached = Embeddings(factor * of_images[part], factor * of_texts[part], of_scale)
+            batch[self._cached] = (cached, loss.detach(), logged)
+
     def loss(self, batch: Batch) -> PhaseLoss:
         """The mean over all slots of the global batch, quarantined ones counting 0."""
-        whole, weight, mine = gather(self.clip(batch["images"], batch["token_ids"]), batch["weight"])
+        own = self.clip(batch["images"], batch["token_ids"])
+        if self._cached not in batch:
+            loss, (metrics,) = self._whole(own, batch["weight"], 1)
+            return PhaseLoss(loss, metrics)
+        gradients, value, metrics = batch[self._cached]
+        passed_on = sum((mine * gradient).sum() for mine, gradient in zip(own, gradients, strict=True))
+        return PhaseLoss(value + passed_on - passed_on.detach(), metrics)
+
+    @property
+    def _cached(self) -> str:
+        return f"cached gradients {id(self)}"
+
+    def _whole(self, own: Embeddings, weight: Tensor, micro_batches: int) -> tuple[Tensor, list[dict[str, Mean]]]:
+        """The loss of the global batch, and the metrics of each of this rank's micro-batches."""
+        whole, weight, mine = gather(own, weight)
         per_sample = contrastive_loss(whole, weight)
         # Every rank computes the whole loss, but differentiates its own embeddings alone; the engine takes the mean
         # over ranks, and the sum is what is wanted.
         loss = _world_size() * (weight * per_sample).mean()
-        return PhaseLoss(loss, self._metrics(whole, weight, per_sample, mine))
+        size = (mine.stop - mine.start) // micro_batches
+        parts = [slice(first, first + size) for first in range(mine.start, mine.stop, size)]
+        return loss, [self._metrics(whole, weight, per_sample, part) for part in parts]
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The loss, and how often the right caption (recall_image) or image (recall_text) is the nearest."""
@@ -77,6 +121,21 @@ class Clip(Objective):
         nearest = (found.images @ found.texts.T).argmax(1).tolist()
         return Preview(batch["images"], [batch["captions"][number] for number in nearest])
 
+    def finish(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Measure the distribution of the embeddings, which what is trained on them starts from."""
+        found = [(self.clip(batch["images"], batch["token_ids"]), batch["weight"] > 0) for batch in batches]
+        images, texts = (torch.cat([getattr(own, side)[kept] for own, kept in found]) for side in ("images", "texts"))
+        self.statistics = EmbeddingStatistics.measure(images, texts)
+        gap = float((images.mean(0) - texts.mean(0)).norm())
+        return {"modality_gap": gap, "dot_product": self.statistics.dot_mean, "temperature": 1 / float(found[0][0].scale)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The measured statistics, once there are any."""
+        return {} if self.statistics is None else self.statistics.tensors()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.statistics = EmbeddingStatistics.of(state) if state else None
+
     @torch.inference_mode()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Unit vectors of sentences, float32 (len(texts), embedding_dim). Raises ValueError without a tokenizer."""
@@ -86,13 +145,27 @@ class Clip(Objective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write `text_encoder/` (a CLIPTextModel) and `tokenizer/`, which latent diffusion takes as its text encoder,
-        and the rest for `open_pair`."""
+        and the rest for `open_pair`: with a vision transformer, as a CLIPModel that transformers opens."""
         self.clip.text_encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder / "tokenizer")
-        save_file(self._without_text_encoder(), folder / _ENCODERS)
+        if self._opens_in_transformers:
+            to_transformers(self.clip).save_pretrained(folder, safe_serialization=True)
+            size = {"height": self.config.image_size, "width": self.config.image_size}
+            (folder / "preprocessor_config.json").write_text(json.dumps({**_PIXELS, "size": size}, indent=2) + "\n")
+            if self.tokenizer is not None:
+                save_tokenizer(self.tokenizer, folder)
+        else:
+            save_file(self._without_text_encoder(), folder / _ENCODERS)
+        if self.statistics is not None:
+            self.statistics.save(folder)
         (folder / FACTS).write_text(json.dumps(self.config.model_dump(), indent=2) + "\n")
-        return {"layout": "CLIP", "parameters": {"clip": sum(p.numel() for p in self.clip.parameters())}}
+        layout = "CLIPModel" if self._opens_in_transformers else "CLIP"
+        return {"layout": layout, "parameters": {"clip": sum(p.numel() for p in self.clip.parameters())}}
+
+    @property
+    def _opens_in_transformers(self) -> bool:
+        return isinstance(self.config.image_encoder, TransformerImageEncoder)
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export.
@@ -100,6 +173,12 @@ class Clip(Objective):
         Raises:
             ValueError: a part is missing or has other shapes.
         """
+        if self._opens_in_transformers:
+            if not (folder / "config.json").is_file():
+                raise ValueError(f"init_from: {folder} is no export of a CLIP (no config.json there)")
+            given = from_transformers(CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+            copy_weights(given.state_dict(), self.clip, folder)
+            return
         if not (folder / _ENCODERS).is_file():
             raise ValueError(f"init_from: {folder} is no export of a CLIP (no {_ENCODERS} there)")
         load_into(self.clip.text_encoder, folder / "text_encoder")
@@ -178,6 +257,7 @@ def open_pair(folder: Path) -> Clip:
     config = ClipConfig.model_validate_json((folder / FACTS).read_text())
     clip = Clip(config, load_tokenizer(folder / "tokenizer"))
     clip.load_weights(folder)
+    clip.statistics = EmbeddingStatistics.load(folder)
     clip.clip.eval()
     return clip
 

@@ -22,7 +22,13 @@ class UNetConfig(Section):
         [320, 640, 1280, 1280], min_length=1, description="channels per resolution, fine to coarse"
     )
     attention: list[bool] = Field([True, True, True, False], description="attention at that resolution, one per entry")
-    layers_per_block: int = Field(2, gt=0, description="residual blocks per resolution")
+    layers_per_block: int | list[int] = Field(
+        2, description="residual blocks per resolution; a list gives each its own, fine to coarse"
+    )
+    middle_attention: bool = Field(True, description="attention in the middle; without text alone it can be left out")
+    skip_scale: float = Field(
+        1.0, gt=0, description="skip connections are multiplied by it: 0.7071 in Imagen's efficient U-Net"
+    )
     transformer_layers: int = Field(1, gt=0, description="transformer layers per attention (with a text encoder)")
     head_dim: int = Field(40, gt=0, description="features per attention head; divides the channels that attend")
     heads: int | None = Field(
@@ -43,12 +49,18 @@ class UNetConfig(Section):
     def _fits(self) -> UNetConfig:
         if len(self.attention) != len(self.channels):
             raise ValueError(f"attention has {len(self.attention)} entries, channels has {len(self.channels)}")
+        layers = self.layers_per_block
+        if isinstance(layers, list) and len(layers) != len(self.channels):
+            raise ValueError(f"layers_per_block has {len(layers)} entries, channels has {len(self.channels)}")
+        if min(layers if isinstance(layers, list) else [layers]) < 1:
+            raise ValueError("layers_per_block must be 1 or more")
         for channels, attends in zip(self.channels, self.attention):
             if channels % self.norm_groups:
                 raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
             if attends:
                 self._check_heads(channels)
-        self._check_heads(self.channels[-1])  # the middle always attends
+        if self.middle_attention:
+            self._check_heads(self.channels[-1])
         return self
 
     def _check_heads(self, channels: int) -> None:
@@ -97,10 +109,27 @@ class _ImageCondition(Section):
 
 
 class LowResolutionCondition(_ImageCondition):
-    """Super-resolution: told the image, made smaller."""
+    """Super-resolution: told the image, made smaller, and in training made worse too."""
 
     kind: Literal["low_resolution"] = "low_resolution"
     factor: int = Field(4, gt=1, description="by how much; divides image_size")
+    degradation: Literal["none", "blur", "bsr"] = Field(
+        "none",
+        description="of the small image in training: Gaussian blur, or blur, noise, resizing and JPEG in any order",
+    )
+    blur_sigma: float = Field(0.6, gt=0, description="largest deviation of that blur, in pixels of the small image")
+    augmentation: float = Field(
+        0.0, ge=0, le=1, description="largest level of Gaussian noise on it in training, 1 is noise alone; the level is told"
+    )
+    crop: int | None = Field(
+        None, gt=0, description="train on crops of so many pixels a side, a multiple of factor; null: whole images"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> LowResolutionCondition:
+        if self.crop is not None and self.crop % self.factor:
+            raise ValueError(f"crop {self.crop} is not a multiple of factor {self.factor}")
+        return self
 
 
 class BlurCondition(_ImageCondition):
@@ -143,6 +172,22 @@ ImageConditionConfig = (
 )
 
 
+class ImageEmbeddingConfig(Section):
+    """The decoder of unCLIP: told the embedding that a CLIP gives an image (Ramesh et al. 2022, section 2.1)."""
+
+    clip: str = Field(
+        description="folder, checkpoint, models:/NAME or preset:NAME of a CLIP, or hub name of a CLIPModel"
+    )
+    clip_dim: int = Field(768, gt=0, description="features of its embeddings, for estimates while it is not at hand")
+    member: str | None = Field(
+        None,
+        description="member of the samples with the embedding, clip.npy as encode_latents.py writes it; null: images are "
+        "embedded as they come",
+    )
+    tokens: int = Field(4, gt=0, description="tokens of context that it becomes, beside what is added to the timestep")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained without it")
+
+
 class LatentDiffusionConfig(Section):
     """Diffusion in the latents of an autoencoder or in pixels, with or without text (Rombach et al. 2022)."""
 
@@ -150,6 +195,11 @@ class LatentDiffusionConfig(Section):
     image_size: int = Field(256, gt=0, description="height and width in pixels")
     autoencoder: str | None = Field(
         None, description="folder, checkpoint or models:/NAME of the autoencoder; null diffuses pixels"
+    )
+    latent_member: str | None = Field(
+        None,
+        description="member of the samples with the autoencoder's posterior, latent.npy as encode_latents.py writes it; "
+        "null: images are encoded as they come",
     )
     latent_channels: int = Field(4, gt=0, description="the autoencoder's, for estimates while it is not at hand")
     latent_factor: int = Field(8, gt=0, description="the autoencoder's, for estimates while it is not at hand")
@@ -164,6 +214,9 @@ class LatentDiffusionConfig(Section):
     )
     image_condition: Annotated[ImageConditionConfig, Field(discriminator="kind")] | None = Field(
         None, description="an image that is told too: kind low_resolution, blur, noise, edges, mask or member"
+    )
+    image_embedding: ImageEmbeddingConfig | None = Field(
+        None, description="the embedding of an image that is told too: the decoder of unCLIP"
     )
     size_conditioning: bool = Field(
         False, description="tell each image's original size and where it was cropped, for data of many sizes"
@@ -217,7 +270,25 @@ class LatentDiffusionConfig(Section):
         told = self.image_condition
         if isinstance(told, LowResolutionCondition) and self.image_size % told.factor:
             raise ValueError(f"image_condition.factor {told.factor} does not divide image_size {self.image_size}")
+        if isinstance(told, LowResolutionCondition) and told.crop is not None:
+            if self.autoencoder is not None:
+                raise ValueError("image_condition.crop is of pixels: set autoencoder to null")
+            if told.crop > self.image_size:
+                raise ValueError(f"image_condition.crop {told.crop} is more than image_size {self.image_size}")
+        if self.latent_member is not None and (self.autoencoder is None or told is not None):
+            raise ValueError("latent_member is of an autoencoder, without image_condition")
         unet = self.denoiser
+        if self.image_embedding is not None and (not isinstance(unet, UNetConfig) or self.size_conditioning):
+            raise ValueError("image_embedding is of denoiser.kind unet, without size_conditioning")
+        if self.image_embedding is not None and (self.classes is not None or told is not None):
+            raise ValueError("image_embedding goes with text, or alone: leave classes and image_condition out")
+        if self.tells_level and (self.size_conditioning or self.classes or unet.kind != "unet"):
+            raise ValueError(
+                "image_condition.augmentation is of denoiser.kind unet, without classes and size_conditioning"
+            )
+        takes_context = self.takes_text or self.image_embedding is not None
+        if isinstance(unet, UNetConfig) and not unet.middle_attention and takes_context:
+            raise ValueError("middle_attention can be left out by U-Nets without text and image_embedding alone")
         if isinstance(unet, UNetConfig) and self.takes_text and unet.resnet_resampling:
             raise ValueError("resnet_resampling is of U-Nets without text")
         if isinstance(unet, UNetConfig) and not self.takes_text and (unet.pooled_text or self.size_conditioning):
@@ -242,6 +313,11 @@ class LatentDiffusionConfig(Section):
         return self
 
     @property
+    def tells_level(self) -> bool:
+        """Whether the denoiser is told how noisy the image is that it is told."""
+        return isinstance(self.image_condition, LowResolutionCondition) and self.image_condition.augmentation > 0
+
+    @property
     def takes_text(self) -> bool:
         """Whether it is conditioned on text."""
         return self.text_encoder.kind != "none"
@@ -254,7 +330,9 @@ class LatentDiffusionConfig(Section):
 
 def export_layout(config: LatentDiffusionConfig) -> str:
     """Who opens the export: "Stable Diffusion", "DiTPipeline" or "DDPMPipeline" (all diffusers'), or "own"."""
-    if config.image_condition is not None or config.size_conditioning:
+    if config.image_condition is not None or config.size_conditioning or config.image_embedding is not None:
+        return "own"
+    if config.denoiser.kind == "unet" and config.denoiser.skip_scale != 1:
         return "own"
     if config.denoiser.kind == "dit":
         of_classes = config.classes is not None and len(config.classes) <= DIFFUSERS_DIT_CLASSES

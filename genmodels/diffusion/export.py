@@ -13,6 +13,7 @@ from genmodels.diffusion import lora
 from genmodels.diffusion.config import export_layout
 from genmodels.diffusion.dit import DiT, to_diffusers
 from genmodels.diffusion.layout import OWN_INDEX
+from genmodels.diffusion.network import save_projection
 from genmodels.diffusion.objective import LatentDiffusion
 from genmodels.text.tokenizer import save as save_tokenizer
 
@@ -76,6 +77,13 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
         index = {"_class_name": "DiTPipeline", **index, "id2label": names}
     elif objective.config.classes is not None:
         index["classes"] = objective.config.classes
+    projection = objective.denoiser.image_projection
+    if projection is not None and objective.clip is not None:
+        save_projection(projection, folder / "image_projection")
+        objective.clip.save(folder / "clip")
+        index["image_embedding"] = {"tokens": projection.tokens, "clip": objective.clip.describe()}
+    if objective.denoiser.skip_scale != 1:
+        index["skip_scale"] = objective.denoiser.skip_scale
     name = OWN_INDEX if layout == "own" else "model_index.json"
     index["_diffusers_version"] = diffusers.__version__
     if objective.config.image_condition is not None:

@@ -24,6 +24,7 @@ from genmodels.diffusion.config import (
     MemberCondition,
     NoiseCondition,
 )
+from genmodels.diffusion.degradation import degraded, noised
 
 
 def condition_channels(config: ImageConditionConfig, factor: int) -> int:
@@ -49,7 +50,8 @@ def from_batch(config: ImageConditionConfig, batch: dict[str, Any]) -> Tensor:
         case MemberCondition():
             return batch["condition_images"]
         case LowResolutionCondition():
-            return upsampled(reduced(images, config.factor), images.shape[-1])
+            small = degraded(reduced(images, config.factor), seeds, config.degradation, config.blur_sigma)
+            return upsampled(augmented(config, small, seeds)[0], images.shape[-1], config.augmentation == 0)
         case BlurCondition():
             return blurred(images, config.sigma)
         case NoiseCondition():
@@ -60,7 +62,13 @@ def from_batch(config: ImageConditionConfig, batch: dict[str, Any]) -> Tensor:
             return masked(images, random_rectangles(seeds, images.shape[-1], config.largest))
 
 
-def from_given(config: ImageConditionConfig, images: Tensor, masks: Tensor | None = None) -> Tensor:
+def from_given(
+    config: ImageConditionConfig,
+    images: Tensor,
+    masks: Tensor | None = None,
+    level: float = 0.0,
+    seeds: Tensor | None = None,
+) -> Tensor:
     """What the denoiser is told of given images when it draws: (batch, channels, size, size), before `fold`.
 
     Args:
@@ -69,6 +77,7 @@ def from_given(config: ImageConditionConfig, images: Tensor, masks: Tensor | Non
             themselves, 1 channel, or an image to find them in, 3 channels; mask: what is to be filled in. (batch,
             channels, size, size) in [-1, 1]; low-resolution ones are smaller.
         masks: float (batch, 1, size, size) for kind mask: 1 where it is to be filled in.
+        level: of noise that is put on the images of a model that is told of it, by `seeds`, int64 (batch,).
 
     Raises:
         ValueError: a mask is missing, or given to a model that takes none.
@@ -77,7 +86,11 @@ def from_given(config: ImageConditionConfig, images: Tensor, masks: Tensor | Non
         raise ValueError(f"a model with image_condition {config.kind} takes {'a mask' if masks is None else 'no mask'}")
     match config:
         case LowResolutionCondition():
-            return upsampled(images, images.shape[-1] * config.factor)
+            if level > 0:
+                assert seeds is not None
+                noise = random.normal(seeds, images.shape[1:], "augmentation noise")
+                images = noised(images, torch.full_like(seeds, level, dtype=torch.float64), noise)
+            return upsampled(images, images.shape[-1] * config.factor, config.augmentation == 0)
         case EdgeCondition():
             return images if images.shape[1] == 1 else edges(images, config.threshold)
         case MaskCondition():
@@ -102,14 +115,23 @@ def as_given(config: ImageConditionConfig, batch: dict[str, Any]) -> tuple[Tenso
     return from_batch(config, batch), None
 
 
+def augmented(config: LowResolutionCondition, small: Tensor, seeds: Tensor) -> tuple[Tensor, Tensor]:
+    """Small images with as much noise as is drawn for them in training, and the levels of it, (batch,) from 0 to 1."""
+    level = config.augmentation * random.uniform(seeds, (), "augmentation level")
+    if config.augmentation == 0:
+        return small, level
+    return noised(small, level, random.normal(seeds, small.shape[1:], "augmentation noise")), level
+
+
 def reduced(images: Tensor, factor: int) -> Tensor:
     """Images by a `factor` smaller: means over squares of pixels."""
     return torch.nn.functional.avg_pool2d(images, factor)
 
 
-def upsampled(images: Tensor, size: int) -> Tensor:
+def upsampled(images: Tensor, size: int, clamp: bool = True) -> Tensor:
     """Bicubic, to `size` pixels a side: what super-resolution has to beat."""
-    return interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    larger = interpolate(images, size=(size, size), mode="bicubic", align_corners=False)
+    return larger.clamp(-1, 1) if clamp else larger
 
 
 def blurred(images: Tensor, sigma: float) -> Tensor:

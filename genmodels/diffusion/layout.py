@@ -21,10 +21,15 @@ def class_names(folder: Path) -> list[str] | None:
     return None
 
 
+def own_index(folder: Path) -> dict[str, Any]:
+    """What an export in our own layout says of itself; empty for any other."""
+    index = folder / OWN_INDEX
+    return dict(json.loads(index.read_text())) if index.is_file() else {}
+
+
 def image_condition(folder: Path) -> dict[str, Any] | None:
     """The configuration of the image that the model is told; None where it is told none."""
-    index = folder / OWN_INDEX
-    return json.loads(index.read_text()).get("image_condition") if index.is_file() else None
+    return own_index(folder).get("image_condition")
 
 
 def takes_prompts(folder: Path) -> bool:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from genmodels.diffusion.config import DiTConfig, UNetConfig
 from genmodels.diffusion.dit import SIZE_FEATURES, DiT
 from genmodels.diffusion.sampler import NOTHING, Condition
-from genmodels.weights import forward_flops
+from genmodels.weights import copy_weights, forward_flops
+
+
+_WEIGHTS = "model.safetensors"
+LEVELS = 1000  # what a level of noise is multiplied by, to be embedded as timesteps are
 
 
 class ConditionalDenoiser(nn.Module):
@@ -26,13 +32,24 @@ class ConditionalDenoiser(nn.Module):
     """
 
     def __init__(
-        self, backbone: nn.Module, text_encoder: CLIPTextModel | None = None, learned_variance: bool = False
+        self,
+        backbone: nn.Module,
+        text_encoder: CLIPTextModel | None = None,
+        learned_variance: bool = False,
+        image_projection: ImageProjection | None = None,
+        skip_scale: float = 1.0,
     ) -> None:
-        """Args: `backbone` is one of diffusers' U-Nets or a `DiT`; see `learned_variance.py` for the last."""
+        """Args: `backbone` is one of diffusers' U-Nets or a `DiT`; see `learned_variance.py` for the third;
+        `image_projection` takes the embedding of an image in; `skip_scale` multiplies skip connections."""
         super().__init__()
         self.backbone = backbone
         self.text_encoder = text_encoder
         self.learned_variance = learned_variance
+        self.image_projection = image_projection
+        self.skip_scale = skip_scale
+        if skip_scale != 1:
+            for block in backbone.up_blocks:  # type: ignore[union-attr]
+                block.register_forward_pre_hook(self._scale_skips, with_kwargs=True)
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
@@ -48,8 +65,11 @@ class ConditionalDenoiser(nn.Module):
             latents: (batch, channels, height, width).
             timesteps: (batch,).
             condition: "text": token ids int64 (batch, length) where the text encoder is trained along, the frozen
-                encoder's features (batch, length, width) where not; "classes": labels int64 (batch,); "image": what
-                comes with the latents, (batch, extra_channels, height, width); "size": (batch, 4), see `Batch`.
+                encoder's features (batch, length, width) where not; "text_mask": bool (batch, length), where padding is
+                not to be seen; "classes": labels int64 (batch,); "image": what comes with the latents, (batch,
+                extra_channels, height, width); "level": how noisy that image is, (batch,) from 0 to 1; "embedding": of
+                an image, with a last feature 1, or zeros where it is not told, (batch, features + 1); "size": (batch,
+                4), see `Batch`.
 
         Returns:
             The prediction, float32, shaped like the latents; with a learned variance that comes after it, as many
@@ -66,6 +86,19 @@ class ConditionalDenoiser(nn.Module):
         told: dict[str, Tensor] = {}
         if "text" in condition:
             told["encoder_hidden_states"] = condition["text"].to(dtype)
+        if "text_mask" in condition:
+            told["encoder_attention_mask"] = condition["text_mask"]
+        if self.image_projection is not None:
+            vector, tokens = self.image_projection(condition["embedding"].to(dtype))
+            told["class_labels"] = vector
+            text = told.get("encoder_hidden_states")
+            told["encoder_hidden_states"] = tokens if text is None else torch.cat([text, tokens], dim=1)
+            if "encoder_attention_mask" in told:
+                told["encoder_attention_mask"] = nn.functional.pad(
+                    told["encoder_attention_mask"], (0, tokens.shape[1]), value=True
+                )
+        if "level" in condition:
+            told["class_labels"] = condition["level"] * LEVELS
         if "classes" in condition:
             told["class_labels"] = condition["classes"]
         if "size" in condition:
@@ -75,6 +108,18 @@ class ConditionalDenoiser(nn.Module):
         if "image" in condition:
             latents = torch.cat([latents, condition["image"].to(latents.dtype)], dim=1)
         return self.backbone(latents.to(dtype), timesteps, **told).sample.float()
+
+    def _scale_skips(self, _: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before a block of the way up, which diffusers' two U-Nets call in different ways."""
+        name = "res_hidden_states_tuple"
+        skips = tuple(skip * self.skip_scale for skip in (given[name] if name in given else args[1]))
+        return (args, {**given, name: skips}) if name in given else ((args[0], skips, *args[2:]), given)
+
+    @property
+    def takes_level(self) -> bool:
+        """Whether it is told how noisy an image is."""
+        config: Any = self.backbone.config
+        return config.get("class_embed_type") == "timestep"
 
     @property
     def takes_size(self) -> bool:
@@ -88,6 +133,61 @@ class ConditionalDenoiser(nn.Module):
         backbone.enable_gradient_checkpointing()
         if self.text_encoder is not None:
             self.text_encoder.gradient_checkpointing_enable()
+
+
+class ImageProjection(nn.Module):
+    """The embedding of an image, for a U-Net: a vector that is added to the timestep's, and tokens of context.
+
+    Ramesh et al. 2022, section 2.1. Embeddings come in units of their features' deviations from their mean.
+    """
+
+    def __init__(self, features: int, vector: int, width: int, tokens: int) -> None:
+        """Args: features of the embedding, of the timestep's vector and of a token of context, and how many tokens."""
+        super().__init__()
+        self.tokens = tokens
+        self.mean, self.deviation = nn.Buffer(torch.zeros(features)), nn.Buffer(torch.ones(features))
+        self.to_vector = nn.Linear(features + 1, vector)
+        self.to_tokens = nn.Linear(features + 1, tokens * width)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """(batch, vector) and (batch, tokens, width), of embeddings (batch, features + 1), see `told_embedding`."""
+        known = embedding[:, -1:]
+        scaled = (embedding[:, :-1] - self.mean) / self.deviation * known
+        read = torch.cat([scaled, known], dim=1).to(self.to_vector.weight.dtype)
+        return self.to_vector(read), self.norm(self.to_tokens(read).unflatten(1, (self.tokens, -1)))
+
+
+def save_projection(projection: ImageProjection, folder: Path) -> None:
+    """Write a projection for `load_projection` and `open_projection`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.contiguous() for name, value in projection.state_dict().items()}, folder / _WEIGHTS)
+
+
+def load_projection(projection: ImageProjection, folder: Path) -> None:
+    """Take over the weights of a folder. Raises ValueError where there are none, or of other shapes."""
+    copy_weights(_projection_weights(folder), projection, folder)
+
+
+def open_projection(folder: Path, tokens: int) -> ImageProjection:
+    """The projection of a folder, which becomes so many tokens. Raises ValueError where there is none."""
+    weights = _projection_weights(folder)
+    vector, features = weights["to_vector.weight"].shape
+    projection = ImageProjection(features - 1, vector, len(weights["norm.weight"]), tokens)
+    copy_weights(weights, projection, folder)
+    return projection
+
+
+def _projection_weights(folder: Path) -> dict[str, Tensor]:
+    if not (folder / _WEIGHTS).is_file():
+        raise ValueError(f"init_from: {folder} holds no projection of image embeddings (no {_WEIGHTS} there)")
+    return load_file(folder / _WEIGHTS)
+
+
+def told_embedding(embeddings: Tensor, known: Tensor | None = None) -> Tensor:
+    """Embeddings (batch, features) as the denoiser is told them, (batch, features + 1); zeros where not `known`."""
+    told = torch.cat([embeddings, torch.ones_like(embeddings[:, :1])], dim=1)
+    return told if known is None else told * known[:, None].to(told.dtype)
 
 
 def size_features(sizes: Tensor) -> Tensor:
@@ -110,6 +210,7 @@ def build_backbone(
     extra_channels: int = 0,
     learned_variance: bool = False,
     size_conditioning: bool = False,
+    extra_vector: Literal["identity", "timestep"] | None = None,
 ) -> Any:
     """The network for latents (batch, channels, sample_size, sample_size).
 
@@ -121,6 +222,7 @@ def build_backbone(
         extra_channels: of what comes with the latents: an image that is told.
         learned_variance: twice as many channels come out.
         size_conditioning: takes the features of sizes.
+        extra_vector: of U-Nets: takes what is added to the timestep's embedding ("identity"), or another timestep.
 
     Raises:
         ValueError: a DiT's patches do not divide the latents.
@@ -143,7 +245,8 @@ def build_backbone(
             size_conditioning,
         )
     in_channels = channels + extra_channels
-    return _build_unet(config, in_channels, out_channels, sample_size, text_width, num_classes, size_conditioning)
+    kind = "projection" if size_conditioning else extra_vector
+    return _build_unet(config, in_channels, out_channels, sample_size, text_width, num_classes, kind)
 
 
 _POOLING_HEAD = 32  # features per head of the pooling of text, at most
@@ -157,14 +260,15 @@ def _build_unet(
     sample_size: int,
     text_width: int | None,
     num_classes: int | None,
-    size_conditioning: bool,
+    class_embed_type: str | None,
 ) -> Any:
+    layers = config.layers_per_block
     common: dict[str, Any] = {
         "sample_size": sample_size,
         "in_channels": in_channels,
         "out_channels": out_channels,
         "block_out_channels": tuple(config.channels),
-        "layers_per_block": config.layers_per_block,
+        "class_embed_type": class_embed_type,
         "norm_num_groups": config.norm_groups,
         "dropout": config.dropout,
         "num_class_embeds": None if num_classes is None else num_classes + 1,
@@ -173,8 +277,14 @@ def _build_unet(
     if text_width is None:
         resample = "resnet" if config.resnet_resampling else "conv"
         plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D") if config.resnet_resampling else _PLAIN
+        if isinstance(layers, list):
+            if len(set(layers)) > 1:
+                raise ValueError("layers_per_block: a U-Net without text has the same number at each resolution")
+            layers = layers[0]
         return UNet2DModel(
             **common,
+            layers_per_block=layers,
+            add_attention=config.middle_attention,
             down_block_types=tuple("AttnDownBlock2D" if a else plain[0] for a in config.attention),
             up_block_types=tuple("AttnUpBlock2D" if a else plain[1] for a in reversed(config.attention)),
             attention_head_dim=config.head_dim if config.heads is None else config.channels[-1] // config.heads,
@@ -186,14 +296,14 @@ def _build_unet(
         **common,
         down_block_types=tuple("CrossAttnDownBlock2D" if a else _PLAIN[0] for a in config.attention),
         up_block_types=tuple("CrossAttnUpBlock2D" if a else _PLAIN[1] for a in reversed(config.attention)),
+        layers_per_block=layers,
         cross_attention_dim=text_width,
         transformer_layers_per_block=config.transformer_layers,
         # diffusers reads this argument as the number of heads, whatever its name.
         attention_head_dim=tuple(heads),
         use_linear_projection=config.linear_projection,
         resnet_time_scale_shift="scale_shift" if config.scale_shift else "default",
-        class_embed_type="projection" if size_conditioning else None,
-        projection_class_embeddings_input_dim=4 * SIZE_FEATURES if size_conditioning else None,
+        projection_class_embeddings_input_dim=4 * SIZE_FEATURES if class_embed_type == "projection" else None,
         addition_embed_type="text" if config.pooled_text else None,
         addition_embed_type_num_heads=text_width // gcd(text_width, _POOLING_HEAD),
     )
@@ -222,6 +332,10 @@ def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[in
                 told["classes"] = timesteps
             if denoiser.takes_size:
                 told["size"] = torch.zeros(1, 4, device=device)
+            if denoiser.takes_level:
+                told["level"] = torch.zeros(1, device=device)
+            if denoiser.image_projection is not None:
+                told["embedding"] = torch.zeros(1, denoiser.image_projection.to_vector.in_features, device=device)
             config: Any = denoiser.backbone.config
             if config.in_channels > channels:
                 told["image"] = torch.zeros(1, config.in_channels - channels, *sides, device=device)

@@ -6,6 +6,7 @@ Latent Diffusion Models" (CVPR 2022), eq. 3; captions are dropped for classifier
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,21 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels import random
 from genmodels.autoencoder.codec import LatentCodec
+from genmodels.clip.frozen import FrozenClip, fit
 from genmodels.diffusion import lora
-from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.diffusion.config import LatentDiffusionConfig, LowResolutionCondition, UNetConfig
+from genmodels.diffusion.degradation import random_crops
 from genmodels.diffusion.dit import DiT, load_dit
-from genmodels.diffusion.image_condition import condition_channels, fold, from_batch
+from genmodels.diffusion.image_condition import augmented, condition_channels, fold, from_batch, reduced
 from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
-from genmodels.diffusion.network import ConditionalDenoiser, build_backbone, example_flops
+from genmodels.diffusion.network import (
+    ConditionalDenoiser,
+    ImageProjection,
+    build_backbone,
+    example_flops,
+    load_projection,
+    told_embedding,
+)
 from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
@@ -29,7 +39,7 @@ from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.encoder import build_text_encoder, pretrained_width
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
-from genmodels.weights import load_into
+from genmodels.weights import load_into, required_folder
 
 TIMESTEP_BINS = 4
 PREVIEW_SEED = 1234
@@ -48,15 +58,17 @@ class LatentDiffusion(Objective):
         autoencoder: LatentCodec | None = None,
         text_encoder: CLIPTextModel | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        clip: FrozenClip | None = None,
     ) -> None:
-        """Args: `text_encoder` is the frozen one, if any; one that is trained along is part of `denoiser`."""
+        """Args: `text_encoder` is the frozen one, if any; one that is trained along is part of `denoiser`. `clip`
+        embeds the images where the config has an `image_embedding`."""
         self.config = config
         self.denoiser = denoiser
         self.tokenizer = tokenizer
         self.networks: dict[str, nn.Module] = {"denoiser": denoiser}
         self.frozen: dict[str, nn.Module] = {
             name: network.eval().requires_grad_(False)
-            for name, network in (("autoencoder", autoencoder), ("text_encoder", text_encoder))
+            for name, network in (("autoencoder", autoencoder), ("text_encoder", text_encoder), ("clip", clip))
             if network is not None
         }
         self.trained = {} if config.lora is None else {"denoiser": lora.TRAINED}
@@ -82,6 +94,11 @@ class LatentDiffusion(Objective):
         """The frozen one."""
         return self.frozen.get("text_encoder")  # type: ignore[return-value]
 
+    @property
+    def clip(self) -> FrozenClip | None:
+        """Whose image embeddings the denoiser is told."""
+        return self.frozen.get("clip")  # type: ignore[return-value]
+
     @staticmethod
     def from_config(config: LatentDiffusionConfig, inputs: Path | None = None) -> LatentDiffusion:
         """Build from a configuration.
@@ -89,21 +106,23 @@ class LatentDiffusion(Objective):
         Args:
             config: what to build.
             inputs: folder that holds `autoencoder/` (an AutoencoderKL or VQModel of diffusers), `tokenizer/`, and
-                `text_encoder/` where it is pretrained.
+                `text_encoder/` where it is pretrained, and `clip/` where the image's embedding is told.
 
         Raises:
             ValueError: an input is missing or does not fit; the message names it.
         """
-        autoencoder = tokenizer = frozen_text = None
+        autoencoder = tokenizer = frozen_text = clip = None
         if config.autoencoder is not None:
-            autoencoder = LatentCodec.from_folder(_required(inputs, "autoencoder"))
+            autoencoder = LatentCodec.from_folder(required_folder(inputs, "autoencoder"))
         if config.takes_text:
-            tokenizer = load_tokenizer(_required(inputs, "tokenizer"))
+            tokenizer = load_tokenizer(required_folder(inputs, "tokenizer"))
         if isinstance(config.text_encoder, PretrainedTextEncoder):
-            folder = _required(inputs, "text_encoder")
+            folder = required_folder(inputs, "text_encoder")
             frozen_text = CLIPTextModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        denoiser = build_denoiser(config, autoencoder, frozen_text, tokenizer)
-        return LatentDiffusion(config, denoiser, autoencoder, frozen_text, tokenizer)
+        if config.image_embedding is not None:
+            clip = FrozenClip.from_folder(required_folder(inputs, "clip"))
+        denoiser = build_denoiser(config, autoencoder, frozen_text, tokenizer, clip)
+        return LatentDiffusion(config, denoiser, autoencoder, frozen_text, tokenizer, clip)
 
     @staticmethod
     def abstract_networks(config: LatentDiffusionConfig) -> dict[str, nn.Module]:
@@ -111,17 +130,19 @@ class LatentDiffusion(Objective):
         with torch.device("meta"):
             return {"denoiser": build_denoiser(config)}
 
-    def prepare(self, batch: Batch) -> None:
-        """Latents and features of the text."""
-        self.latents(batch)
-        if self.config.takes_text:
-            self.condition(batch, dropout=True)
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Latents, features of the text and embeddings of the images."""
+        for batch in batches:
+            self.latents(self.view(batch))
+            if self.config.takes_text or self.config.image_embedding is not None:
+                self.condition(self.view(batch), dropout=True)
 
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of w ‖prediction − target‖²; w = 0 for quarantined samples, else 1 or the min-SNR weight.
 
         A learned variance adds its bound. Logged are the plain errors, all as `loss` and by timestep, and the bound.
         """
+        batch = self.view(batch)
         timesteps = self.noise_schedule.timesteps(self._positions(batch["seeds"]))
         condition = self.condition(batch, dropout=True)
         per_sample, bound = self._errors(batch, self.latents(batch), timesteps, condition)
@@ -138,6 +159,7 @@ class LatentDiffusion(Objective):
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The loss with no caption dropped, each sample at one timestep in each quarter of the schedule."""
+        batch = self.view(batch)
         latents, condition = self.latents(batch), self.condition(batch, dropout=False)
         position = random.uniform(batch["seeds"], (), "timesteps")
         parts = []
@@ -152,12 +174,37 @@ class LatentDiffusion(Objective):
             for name in parts[0]
         }
 
+    def view(self, batch: Batch) -> Batch:
+        """The batch as the denoiser is trained on it: on crops, where the configuration asks for them."""
+        told = self.config.image_condition
+        if not isinstance(told, LowResolutionCondition) or told.crop is None:
+            return batch
+        size, images, seeds = told.crop, self.images(batch), batch["seeds"]
+        cropped = once(
+            batch,
+            ("crops", size, told.factor),
+            (images, seeds),
+            lambda: {**batch, "images": random_crops(images, seeds, size, told.factor), "once": {}, "cropped": True},
+        )
+        return cropped
+
+    def images(self, batch: Batch) -> Tensor:
+        """The images at the size that is trained: a CLIP may see them larger."""
+        images = batch["images"]
+        if "cropped" in batch or images.shape[-1] == self.config.image_size:
+            return images
+        return once(batch, ("images", self.config.image_size), (images,), lambda: fit(images, self.config.image_size))
+
     def latents(self, batch: Batch) -> Tensor:
         """What is diffused: scaled latents of the autoencoder, or the images themselves."""
         codec = self.autoencoder
         if codec is None:
-            return batch["images"]
-        images, seeds = batch["images"], batch["seeds"]
+            return self.images(batch)
+        seeds = batch["seeds"]
+        if self.config.latent_member is not None:
+            moments = batch["latent_moments"]
+            return once(batch, ("latents", codec), (moments, seeds), lambda: codec.from_moments(moments, seeds))
+        images = self.images(batch)
         return once(batch, ("latents", codec), (images, seeds), lambda: codec.encode(images, seeds))
 
     def condition(self, batch: Batch, dropout: bool) -> Condition:
@@ -178,12 +225,35 @@ class LatentDiffusion(Objective):
         if self.config.size_conditioning:
             told["size"] = batch["sizes"]
         if self.config.image_condition is not None:
-            image = fold(from_batch(self.config.image_condition, batch), self.factor)
+            image = fold(from_batch(self.config.image_condition, {**batch, "images": self.images(batch)}), self.factor)
+            if self.config.tells_level:
+                told["level"] = self._levels(seeds)
             if dropout and self.config.image_condition.dropout > 0:
                 kept = random.uniform(seeds, (), "image dropout") >= self.config.image_condition.dropout
                 image = image * kept[:, None, None, None]
             told["image"] = image
+        if self.config.image_embedding is not None:
+            known = torch.ones_like(seeds, dtype=torch.bool)
+            if dropout:
+                known = random.uniform(seeds, (), "embedding dropout") >= self.config.image_embedding.dropout
+            told["embedding"] = told_embedding(self.embeddings(batch), known)
         return told
+
+    def embeddings(self, batch: Batch) -> Tensor:
+        """Embeddings of the images, float32 (batch, embedding_dim): unit vectors."""
+        clip, config = self.clip, self.config.image_embedding
+        assert clip is not None and config is not None
+        if config.member is not None:
+            return nn.functional.normalize(batch["image_embeddings"].float(), dim=1)
+        images = batch["images"]
+        return once(batch, ("clip images", clip), (images,), lambda: clip.embed_images(images))
+
+    def _levels(self, seeds: Tensor) -> Tensor:
+        """How noisy the image is that each sample is told, float32 (batch,) from 0 to 1."""
+        told = self.config.image_condition
+        assert isinstance(told, LowResolutionCondition)
+        empty = torch.zeros(len(seeds), 0, 1, 1, device=seeds.device)
+        return augmented(told, empty, seeds)[1].float()
 
     def nothing(self, batch: Batch) -> Condition:
         """The condition of samples that are not told what samples are trained without."""
@@ -196,6 +266,10 @@ class LatentDiffusion(Objective):
             _, *sides = self.denoiser.sample_shape
             channels = condition_channels(self.config.image_condition, self.factor)
             told["image"] = torch.zeros(len(batch["seeds"]), channels, *sides, device=batch["seeds"].device)
+        if self.clip is not None:
+            told["embedding"] = torch.zeros(
+                len(batch["seeds"]), self.clip.embedding_dim + 1, device=batch["seeds"].device
+            )
         return told
 
     @property
@@ -227,9 +301,9 @@ class LatentDiffusion(Objective):
 
     def preview(self, batch: Batch) -> Preview:
         """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
-        count = min(self.config.preview_samples, len(batch["images"]))
+        count = min(self.config.preview_samples, len(batch["keys"]))
         first = {key: value[:count] for key, value in batch.items() if isinstance(value, (Tensor, list))}
-        first["seeds"] = torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=batch["images"].device)
+        first["seeds"] = torch.arange(PREVIEW_SEED, PREVIEW_SEED + count, device=batch["seeds"].device)
         drawing = Drawing(self.config.preview_steps, self.config.preview_guidance_scale)
         titles = list(batch["captions"][:count]) if self.config.conditional else []
         return Preview(self.draw(first, drawing), titles)
@@ -281,13 +355,15 @@ class LatentDiffusion(Objective):
                 value.copy_(plain.state_dict()[name])
         if self.denoiser.text_encoder is not None:
             load_into(self.denoiser.text_encoder, folder / "text_encoder")
+        if self.denoiser.image_projection is not None:
+            load_projection(self.denoiser.image_projection, folder / "image_projection")
 
     def plain_backbone(self) -> Any:
         """The U-Net or transformer as others know it: adapters, if any, are added to the weights."""
         if self.config.lora is None:
             return self.denoiser.backbone
         config = self.config.model_copy(update={"lora": None})
-        plain = build_denoiser(config, self.autoencoder, self.text_encoder, self.tokenizer).backbone
+        plain = build_denoiser(config, self.autoencoder, self.text_encoder, self.tokenizer, self.clip).backbone
         plain.load_state_dict(lora.merged(self.denoiser.backbone))
         return plain
 
@@ -302,7 +378,7 @@ class LatentDiffusion(Objective):
             text: Any = self.text_encoder.config
             features = (text.max_position_embeddings, text.hidden_size)
         return example_flops(
-            lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer),
+            lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer, self.clip),
             features,
             self.config.classes is not None,
         )
@@ -366,6 +442,7 @@ def build_denoiser(
     autoencoder: LatentCodec | None = None,
     frozen_text: CLIPTextModel | None = None,
     tokenizer: CLIPTokenizer | None = None,
+    clip: FrozenClip | None = None,
 ) -> ConditionalDenoiser:
     """A freshly initialised denoiser that fits the other parts; those not at hand are taken to be of the usual size.
 
@@ -385,17 +462,32 @@ def build_denoiser(
         width = config.text_encoder.width
     elif isinstance(config.text_encoder, PretrainedTextEncoder):
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
-    classes = None if config.classes is None else len(config.classes)
-    extra = 0 if config.image_condition is None else condition_channels(config.image_condition, factor)
+    unet = config.denoiser if isinstance(config.denoiser, UNetConfig) else None
+    projection, vector = None, None
+    if config.image_embedding is not None and unet is not None:
+        features = config.image_embedding.clip_dim if clip is None else clip.embedding_dim
+        width = width or features
+        vector = "identity"
+    elif config.tells_level:
+        vector = "timestep"
     backbone = build_backbone(
-        config.denoiser, channels, size, width, classes, extra, config.learned_variance, config.size_conditioning
+        config.denoiser,
+        channels,
+        size,
+        text_width=width,
+        num_classes=None if config.classes is None else len(config.classes),
+        extra_channels=0 if config.image_condition is None else condition_channels(config.image_condition, factor),
+        learned_variance=config.learned_variance,
+        size_conditioning=config.size_conditioning,
+        extra_vector=vector,
     )
+    if config.image_embedding is not None and unet is not None:
+        # diffusers makes the timestep's vector four times as wide as the finest level.
+        projection = ImageProjection(features, 4 * unet.channels[0], width, config.image_embedding.tokens)
+        if clip is not None and clip.statistics is not None:
+            projection.mean.copy_(clip.statistics.mean)
+            projection.deviation.copy_(clip.statistics.deviation)
     if config.lora is not None:
         lora.add_adapters(backbone, config.lora)
-    return ConditionalDenoiser(backbone, text_encoder, config.learned_variance)
-
-
-def _required(inputs: Path | None, name: str) -> Path:
-    if inputs is None or not (inputs / name).is_dir():
-        raise ValueError(f"this configuration needs {name}/ among its inputs, and there is none in {inputs}")
-    return inputs / name
+    skip_scale = 1.0 if unet is None else unet.skip_scale
+    return ConditionalDenoiser(backbone, text_encoder, config.learned_variance, projection, skip_scale)

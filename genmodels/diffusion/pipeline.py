@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from genmodels.autoencoder.codec import LatentCodec
+from genmodels.clip.frozen import FrozenClip
 from genmodels.diffusion.config import ImageConditionConfig, LowResolutionCondition
 from genmodels.diffusion.dit import open_dit
 from genmodels.diffusion.image_condition import fold, from_given
-from genmodels.diffusion.layout import class_names, image_condition
-from genmodels.diffusion.network import ConditionalDenoiser
+from genmodels.diffusion.layout import class_names, own_index
+from genmodels.diffusion.network import ConditionalDenoiser, open_projection, told_embedding
 from genmodels.diffusion.sampler import NOTHING, Condition, Guidance, SamplerName, make_sampler, sample
 from genmodels.precision import autocast, resolve_precision
 from genmodels.text.tokenizer import encode
@@ -46,9 +47,10 @@ class TextToImage:
         precision: str = "fp32",
         classes: list[str] | None = None,
         image_condition: ImageConditionConfig | None = None,
+        clip: FrozenClip | None = None,
     ) -> None:
         """Args: a model with a tokenizer draws from text, and `denoiser` holds its encoder; one with `classes` from
-        their names."""
+        their names; `clip` embeds images for one that is told embeddings."""
         self.precision = resolve_precision(precision, next(denoiser.parameters()).device)
         self.denoiser = denoiser
         self.sampler_settings = sampler_settings
@@ -56,9 +58,12 @@ class TextToImage:
         self.tokenizer = tokenizer
         self.classes = classes
         self.image_condition = image_condition
+        self.clip = clip
 
     @staticmethod
-    def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> TextToImage:
+    def from_folder(
+        folder: Path, device: str = "cpu", precision: str = "fp32", clip: FrozenClip | None = None
+    ) -> TextToImage:
         """Open an export of this project, or any folder in the layout of Stable Diffusion, DiTPipeline or DDPMPipeline.
 
         Args:
@@ -66,6 +71,7 @@ class TextToImage:
             device: where to draw.
             precision: of the U-Net's products: "fp32", "bf16" (a little off the float32 pictures), or "auto": bf16
                 where the device is fast at it.
+            clip: in place of the folder's own, which may then be left out.
 
         Raises:
             ValueError: a part is missing or the precision unknown; the message names it.
@@ -92,9 +98,16 @@ class TextToImage:
         settings = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         channels = 3 if autoencoder is None else autoencoder.channels
         learned_variance = backbone.config.out_channels == 2 * channels
-        denoiser = ConditionalDenoiser(backbone, text_encoder, learned_variance).to(device).eval()
-        told = TypeAdapter(ImageConditionConfig | None).validate_python(image_condition(folder))
-        return TextToImage(denoiser, settings, autoencoder, tokenizer, precision, classes, told)
+        index, projection = own_index(folder), None
+        if "image_embedding" in index:
+            projection = open_projection(folder / "image_projection", index["image_embedding"]["tokens"])
+            clip = clip or FrozenClip.from_folder(folder / "clip").to(device)
+        skip_scale = index.get("skip_scale", 1.0)
+        denoiser = ConditionalDenoiser(backbone, text_encoder, learned_variance, projection, skip_scale)
+        told = TypeAdapter(ImageConditionConfig | None).validate_python(index.get("image_condition"))
+        return TextToImage(
+            denoiser.to(device).eval(), settings, autoencoder, tokenizer, precision, classes, told, clip
+        )
 
     @property
     def image_size(self) -> int:
@@ -121,6 +134,11 @@ class TextToImage:
         return self.image_condition is not None and self.image_condition.kind == "member"
 
     @property
+    def takes_embedding(self) -> bool:
+        """Whether it is told the embedding of an image: the decoder of unCLIP."""
+        return self.denoiser.image_projection is not None
+
+    @property
     def conditional(self) -> bool:
         """Whether it draws from prompts: texts, or names of classes."""
         return self.tokenizer is not None or self.classes is not None
@@ -141,6 +159,8 @@ class TextToImage:
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         images: np.ndarray | None = None,
         masks: np.ndarray | None = None,
+        embeddings: Tensor | None = None,
+        augmentation_level: float = 0.0,
     ) -> np.ndarray:
         """Draw one picture per prompt and seed.
 
@@ -158,6 +178,8 @@ class TextToImage:
             images: one per picture for a model that is told one: uint8 (pictures, height, width, 3); see `from_given`.
             masks: one per picture for inpainting: bool (pictures, height, width), true where it is to be filled in. All
                 else is the given image's, to the bit.
+            embeddings: one per picture for the decoder of unCLIP, (pictures, embedding_dim); None tells it none.
+            augmentation_level: of noise that is put on `images` by a model that was trained so, 0 to 1.
 
         Returns:
             uint8 (pictures, height, width, 3).
@@ -173,22 +195,26 @@ class TextToImage:
         if negative_prompts is not None and len(negative_prompts) != len(seeds):
             raise ValueError(f"needs one negative prompt per seed: {len(negative_prompts)} for {len(seeds)} seeds")
         self._check_given(images, masks, len(seeds))
+        if embeddings is not None and not self.takes_embedding:
+            raise ValueError("this model is told no embeddings of images")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, must be 1 or more")
         guidance = Guidance(guidance_scale, guidance_rescale, guidance_interval)
         pictures = [np.empty((0, self.image_size, self.image_size, 3), dtype=np.uint8)]
         for start in range(0, len(seeds), batch_size):
             part = slice(start, min(start + batch_size, len(seeds)))
-            condition, negative = dict(NOTHING), dict(NOTHING)
-            if prompts is not None:
-                plain = [""] * len(seeds[part])
-                condition |= self._condition(prompts[part])
-                negative |= self._condition(plain if negative_prompts is None else negative_prompts[part])
-            if self.denoiser.takes_size:  # as of an image of this very size
-                size = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=self._device)
-                condition["size"] = size.expand(len(seeds[part]), -1)
+            condition, negative = self.conditions(
+                None if prompts is None else prompts[part],
+                None if negative_prompts is None else negative_prompts[part],
+                len(seeds[part]),
+                None if embeddings is None else embeddings[part],
+            )
             if self.image_condition is not None and images is not None:
-                condition["image"] = self._image(images[part], None if masks is None else masks[part])
+                own = self.seeds(seeds[part])
+                told = self._image(images[part], None if masks is None else masks[part], augmentation_level, own)
+                condition["image"] = told
+                if self.denoiser.takes_level:
+                    condition["level"] = torch.full((len(own),), augmentation_level, device=self._device)
                 if self.image_condition.dropout > 0:
                     negative["image"] = torch.zeros_like(condition["image"])
 
@@ -197,7 +223,8 @@ class TextToImage:
                     progress(part.start + (part.stop - part.start) * done / num_steps, len(seeds))
 
             stepper = make_sampler(sampler, self.sampler_settings, eta)
-            pictures.append(self._draw(seeds[part], stepper, num_steps, condition, negative, guidance, on_step))
+            latents = self.sample(seeds[part], stepper, num_steps, condition, negative, guidance, on_step)
+            pictures.append(to_pixels(latents if self.autoencoder is None else self.autoencoder.decode(latents)))
         drawn = np.concatenate(pictures)
         return drawn if masks is None or images is None else np.where(masks[..., None], drawn, images)
 
@@ -216,15 +243,44 @@ class TextToImage:
         if masks is not None and masks.shape != (count, size, size):
             raise ValueError(f"needs {count} masks of {size} by {size} pixels, got {masks.shape}")
 
-    def _image(self, images: np.ndarray, masks: np.ndarray | None) -> Tensor:
+    def conditions(
+        self,
+        prompts: Sequence[str] | None,
+        negative_prompts: Sequence[str] | None,
+        count: int,
+        embeddings: Tensor | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What the denoiser is told, and what it is steered away from, but for images; see `draw`."""
+        condition, negative = dict(NOTHING), dict(NOTHING)
+        if prompts is not None:
+            condition |= self._condition(prompts)
+            negative |= self._condition([""] * count if negative_prompts is None else negative_prompts)
+        if self.denoiser.takes_size:  # as of an image of this very size
+            size = torch.tensor([[self.image_size, self.image_size, 0, 0]], device=self._device)
+            condition["size"] = size.expand(count, -1)
+        if self.denoiser.image_projection is not None:
+            features = len(self.denoiser.image_projection.mean)
+            if embeddings is not None and embeddings.shape != (count, features):
+                raise ValueError(f"needs {count} embeddings of {features} features, got {tuple(embeddings.shape)}")
+            nothing = torch.zeros(count, features + 1, device=self._device)
+            condition["embedding"] = nothing if embeddings is None else told_embedding(embeddings.to(nothing))
+            negative["embedding"] = nothing
+        return condition, negative
+
+    def seeds(self, seeds: Sequence[int]) -> Tensor:
+        """Seeds on the device."""
+        return torch.tensor(list(seeds), dtype=torch.int64, device=self._device)
+
+    def _image(self, images: np.ndarray, masks: np.ndarray | None, level: float, seeds: Tensor) -> Tensor:
         """What the denoiser is told of given images, folded to the latents' grid."""
         assert self.image_condition is not None
         pixels = torch.from_numpy(images).to(self._device).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         holes = None if masks is None else torch.from_numpy(masks).to(self._device)[:, None].float()
         factor = 1 if self.autoencoder is None else self.autoencoder.factor
-        return fold(from_given(self.image_condition, pixels, holes), factor)
+        return fold(from_given(self.image_condition, pixels, holes, level, seeds), factor)
 
-    def _draw(
+    @torch.inference_mode()
+    def sample(
         self,
         seeds: Sequence[int],
         sampler: Any,
@@ -232,22 +288,23 @@ class TextToImage:
         condition: Condition,
         negative: Condition,
         guidance: Guidance,
-        on_step: Callable[[float], None],
-    ) -> np.ndarray:
-        latents = sample(
-            self._denoise,
-            self.denoiser.sample_shape,
-            torch.tensor(list(seeds), dtype=torch.int64, device=self._device),
-            sampler,
-            num_steps,
-            condition,
-            negative,
-            guidance,
-            on_step,
+        on_step: Callable[[float], None] | None = None,
+        stop: float = 0.0,
+    ) -> Tensor:
+        """Latents, or images where pixels are diffused, float32 (len(seeds), channels, height, width).
+
+        Args:
+            seeds: one per picture.
+            sampler: a fresh one of `make_sampler`.
+            num_steps, guidance: as of `draw`.
+            condition, negative: of `conditions`, and the image that is told, if any.
+            on_step: called with the number of steps done.
+            stop: where in the schedule to end, 0 is clean and 1 noise; see `sampler.sample`.
+        """
+        shape = self.denoiser.sample_shape
+        return sample(
+            self._denoise, shape, self.seeds(seeds), sampler, num_steps, condition, negative, guidance, on_step, stop=stop
         )
-        if self.autoencoder is not None:
-            latents = self.autoencoder.decode(latents)
-        return to_pixels(latents)
 
     @property
     def _device(self) -> torch.device:

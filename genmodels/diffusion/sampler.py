@@ -227,6 +227,7 @@ def sample(
     guidance: Guidance = Guidance(),
     on_step: Callable[[float], None] | None = None,
     initial: Tensor | None = None,
+    stop: float = 0.0,
 ) -> Tensor:
     """Draw one sample per seed; each depends on its own seed and condition, not on the batch.
 
@@ -240,6 +241,8 @@ def sample(
         guidance: how strongly.
         on_step: called with the number of steps done; Heun's steps count half of each pass.
         initial: noise to begin with, (batch, *shape) standard normal, in place of the seeds'; what `invert` gives.
+        stop: end before the first step that begins at this part of the schedule or below, 0 (clean) to 1 (noise): the
+            samples are then still as noisy as the schedule says for `stopped_at`.
 
     Returns:
         float32 (batch, *shape).
@@ -250,12 +253,15 @@ def sample(
     limit = sampler.config.num_train_timesteps - (sampler.config.get("timestep_spacing") == "leading")
     if not 1 <= num_steps <= limit:
         raise ValueError(f"num_steps is {num_steps}, this model takes 1 to {limit}")
-    denoise = guided(denoise, condition, negative, guidance, _position(sampler))
+    position = _position(sampler)
+    denoise = guided(denoise, condition, negative, guidance, position)
     sampler.set_timesteps(num_steps, device=seeds.device)
     noise = {"generator": seeded(derive_seeds(seeds, "sampler"))} if isinstance(sampler, _DRAW_NOISE) else {}
     latents = normal(seeds, shape, "initial") if initial is None else initial
     latents = latents * getattr(sampler, "init_noise_sigma", 1.0)
     for index, timestep in enumerate(sampler.timesteps):
+        if stop > 0 and position(float(timestep)) <= stop:
+            break
         scaled = sampler.scale_model_input(latents, timestep) if hasattr(sampler, "scale_model_input") else latents
         prediction = denoise(scaled, timestep.expand(len(seeds)), condition).float()
         if sampler.config.get("variance_type") != "learned_range":
@@ -264,6 +270,12 @@ def sample(
         if on_step is not None:
             on_step((index + 1) * num_steps / len(sampler.timesteps))
     return latents
+
+
+def stopped_at(sampler: Any, stop: float) -> float:
+    """The timestep at which `sample` ended with this `stop`; 0 where it went to the end, which is clean."""
+    position = _position(sampler)
+    return next((float(t) for t in sampler.timesteps if position(float(t)) <= stop), 0.0) if stop > 0 else 0.0
 
 
 def invert(

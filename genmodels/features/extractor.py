@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from genmodels.features.config import (
     InceptionFeatures,
 )
 from genmodels.features.resize import resize
+from genmodels.weights import weights_digest
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # Radford et al.'s own pictures
@@ -53,11 +53,7 @@ class FeatureExtractor:
     @cached_property
     def digest(self) -> str:
         """Of kind, size, settings and weights: equal digests mean comparable features. Sixteen hexadecimal digits."""
-        digest = hashlib.sha256(f"{self.kind} {self.size} {self._settings}".encode())
-        for name, value in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return weights_digest(self.network, f"{self.kind} {self.size} {self._settings}")
 
     def to(self, device: torch.device) -> None:
         """Move it: it can be pickled on one machine and go on on another."""

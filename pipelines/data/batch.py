@@ -15,13 +15,15 @@ from pipelines.data.spec import SampleSpec
 class RankBatch(TypedDict):
     """One step's samples of one rank, in the order's sequence."""
 
-    images: Tensor  # uint8 (batch, 3, height, width)
     weight: Tensor  # float32 (batch,): 1, or 0 for a quarantined or padding sample
     seeds: Tensor  # int64 (batch,)
     keys: list[str]  # shard/key
     captions: list[str]
     reasons: list[str]  # why quarantined; empty for a good sample
     step: int
+    images: NotRequired[Tensor]  # uint8 (batch, 3, height, width), unless the spec reads none
+    image_embeddings: NotRequired[Tensor]  # float32 (batch, embedding_dim), an array of the samples
+    latent_moments: NotRequired[Tensor]  # float32 (batch, 2·channels, height, width), likewise
     token_ids: NotRequired[Tensor]  # int64 (batch, token_length), where the spec has a tokenizer
     condition_images: NotRequired[Tensor]  # uint8 like images, where the spec names a member
     sizes: NotRequired[Tensor]  # int32 (batch, 4), where asked for: original height and width, rows and columns cut off
@@ -39,7 +41,6 @@ def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
         return raw.view(dtype).reshape(count, *shape)
 
     batch: RankBatch = {
-        "images": torch.from_numpy(fixed("image", np.uint8, 3, size, size).copy()),
         "weight": torch.from_numpy(table["weight"].to_numpy().copy()),
         "seeds": torch.from_numpy(table["seed"].to_numpy().copy()),
         "keys": table["key"].to_pylist(),
@@ -47,6 +48,10 @@ def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
         "reasons": table["reason"].to_pylist(),
         "step": table["step"][0].as_py(),
     }
+    if size:
+        batch["images"] = torch.from_numpy(fixed("image", np.uint8, 3, size, size).copy())
+    for array in spec.arrays:
+        batch[array.name] = torch.from_numpy(fixed(array.name, np.float32, *array.shape).copy())  # type: ignore[literal-required]
     if spec.tokenizer_json is not None:
         batch["token_ids"] = torch.from_numpy(fixed("token_ids", np.int32, spec.token_length).astype(np.int64))
     if spec.condition_image is not None:

@@ -23,7 +23,7 @@ from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import DataFailure
 from pipelines.data.scan import ShardScan
 from pipelines.data.seeds import uniform
-from pipelines.data.spec import BadCaption, SampleSpec
+from pipelines.data.spec import BadArray, BadCaption, SampleSpec
 from pipelines.data.tar import BytesSource, DamagedTar, TarSample, group_samples, read_members
 
 _ALTERED_ATTEMPTS = 3  # reads of a chunk whose bytes are not those of the index
@@ -151,13 +151,15 @@ def build_batch(
 
     Columns: image (3*S*S bytes, channels first), key `shard/key`, caption, weight (0 for a quarantined sample, whose
     image is zeros), seed, reason ("" for a good one), step, and what else `spec` asks for: token_ids (int32 bytes),
-    condition_image (like image), size (4 int32 as bytes: original height and width, rows and columns cut off).
+    condition_image (like image), size (4 int32 as bytes: original height and width, rows and columns cut off), and the
+    arrays by their names (float32 bytes). Where the spec reads no images there are none.
     """
     count, size = len(slots), spec.image_size
     images = np.zeros((count, 3, size, size), np.uint8)
     tokens = np.zeros((count, spec.token_length), np.int32) if spec.tokenizer_json is not None else None
     others = np.zeros_like(images) if spec.condition_image is not None else None
     sizes = np.zeros((count, 4), np.int32) if spec.sizes else None
+    arrays = {array.name: np.zeros((count, *array.shape), np.float32) for array in spec.arrays}
     place_x, place_y, flips = (uniform(seeds, purpose) for purpose in ("crop_x", "crop_y", "flip"))
     draws = uniform(seeds, "caption")
     keys, captions, reasons = [], [], []
@@ -170,8 +172,10 @@ def build_batch(
         if not reason:
             members = source.members(within)
             place = (place_x[row], place_y[row]) if spec.crop == "random" else (0.5, 0.5)
-            encoded, reason = spec.choose_image(members)
+            encoded, reason = spec.choose_image(members) if size else (None, "")
             try:
+                for array in spec.arrays:
+                    arrays[array.name][row] = array.read(members)
                 if encoded is not None:
                     flip = bool(spec.horizontal_flip and flips[row] < 0.5)
                     cut = decode_image(encoded, size, images[row], place, flip)
@@ -179,20 +183,20 @@ def build_batch(
                         sizes[row] = (*original_size(encoded), *cut)
                     if others is not None:
                         _decode_other(spec, members, encoded, others[row], place, flip)
+                if not reason:
                     caption = spec.choose_caption(members, draws[row]) if spec.caption else ""
-            except (BadImage, BadCaption) as error:
+            except (BadArray, BadImage, BadCaption) as error:
                 reason = str(error)
         if reason:
-            images[row] = 0
-            if others is not None:
-                others[row] = 0
+            for filled in (images, others, *arrays.values()):
+                if filled is not None:
+                    filled[row] = 0
         if tokens is not None:
             tokens[row] = spec.tokenize(caption)
         keys.append(f"{index.names[shard]}/{key}".encode("utf-8", "backslashreplace").decode())
         captions.append(caption)
         reasons.append(reason.encode("utf-8", "backslashreplace").decode())
     columns = {
-        "image": _fixed_size(images.reshape(count, -1)),
         "key": pa.array(keys, pa.string()),
         "caption": pa.array(captions, pa.string()),
         "weight": pa.array(np.array([not reason for reason in reasons], np.float32)),
@@ -200,6 +204,10 @@ def build_batch(
         "reason": pa.array(reasons, pa.string()),
         "step": pa.array(np.full(count, step, np.int64)),
     }
+    if size:
+        columns["image"] = _fixed_size(images.reshape(count, -1))
+    for name, values in arrays.items():
+        columns[name] = _fixed_size(values.reshape(count, -1))
     if tokens is not None:
         columns["token_ids"] = _fixed_size(tokens)
     if others is not None:

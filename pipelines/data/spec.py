@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,12 +21,45 @@ class BadCaption(Exception):
     """The caption cannot be used; the message is the reason that is recorded."""
 
 
+class BadArray(Exception):
+    """An array of a sample cannot be used; the message is the reason that is recorded."""
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array of numbers that is stored with each sample as a .npy member, as `encode_latents.py` writes them.
+
+    Args:
+        name: of the key in the batch.
+        member: suffix in the shards, "clip.npy".
+        shape: of one sample's array.
+    """
+
+    name: str
+    member: str
+    shape: tuple[int, ...]
+
+    def read(self, members: Mapping[str, bytes]) -> NDArray[np.float32]:
+        """The sample's array as float32. Raises BadArray where it is missing or another one."""
+        if self.member not in members:
+            raise BadArray(f"{self.member}: missing")
+        try:
+            found = np.load(io.BytesIO(members[self.member]), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise BadArray(f"{self.member}: no array ({' '.join(str(error).split())[:80]})") from error
+        if found.shape != self.shape or found.dtype.kind != "f":
+            raise BadArray(f"{self.member}: is {found.dtype} {found.shape}, and should be floats {self.shape}")
+        if not np.isfinite(found).all():
+            raise BadArray(f"{self.member}: holds what is not finite")
+        return found.astype(np.float32)
+
+
 @dataclass(frozen=True)
 class SampleSpec:
     """How a sample becomes a row of a batch; sent to every read task.
 
     Args:
-        image_size: side of the square images, pixels.
+        image_size: side of the square images, pixels; 0 reads no images.
         crop: "center", or "random": a square at a random place of the longer side.
         horizontal_flip: mirror half of the images.
         caption: the member that holds the caption: a suffix ("txt"), a field of a JSON member ("json:caption", which
@@ -38,6 +73,7 @@ class SampleSpec:
         condition_image: the member that holds another image of the same proportions, which is cut in the same way, by
             suffix; None reads none. No colours are mixed when it is resized.
         sizes: whether the original size of each image and the place of its crop are told.
+        arrays: what else is read of each sample.
     """
 
     image_size: int
@@ -50,14 +86,22 @@ class SampleSpec:
     image: str | None = None
     condition_image: str | None = None
     sizes: bool = False
+    arrays: tuple[ArraySpec, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
+        if self.image_size < (0 if self.arrays else 1):
             raise BadRequest(f"data: image_size is {self.image_size}; it must be at least 1 pixel")
+        if self.image_size == 0 and (self.condition_image is not None or self.sizes):
+            raise BadRequest("data: without images there are no other images and no sizes either")
         if self.crop not in ("center", "random"):
             raise BadRequest(f"data: crop is {self.crop!r}; allowed are 'center' and 'random'")
         if self.tokenizer_json is not None and self.token_length < 1:
             raise BadRequest("data: token_length must be at least 1")
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the image and the arrays of one sample in a batch."""
+        return 3 * self.image_size**2 + 4 * sum(math.prod(array.shape) for array in self.arrays)
 
     def choose_image(self, members: Mapping[str, bytes]) -> tuple[bytes | None, str]:
         """The image's bytes, or None and the reason why there is none."""

@@ -110,7 +110,7 @@ def _dataset(stream: BatchStream, ranges: list[tuple[int, int]]) -> Any:
 
     order, spec, rank, world_size, shared = stream.order, stream.spec, stream.rank, stream.world_size, stream.shared
     size = order.rank_batch_size(world_size)
-    batch_bytes = size * 3 * spec.image_size**2
+    batch_bytes = size * spec.row_bytes
 
     def read_task(first: int, last: int) -> ReadTask:
         def read() -> Iterator[pa.Table]:

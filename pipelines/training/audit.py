@@ -11,9 +11,12 @@ from infra import storage
 from pipelines.data.batch import RankBatch
 from pipelines.training.run_folder import RunFolder
 
+_CONTENT = ("images", "image_embeddings", "latent_moments")  # the first of these that a batch has is hashed
+
 
 class Audit:
-    """Writes what each rank was given, as JSON lines: step, key, seed, weight and a hash of the pixels.
+    """Writes what each rank was given, as JSON lines: step, key, seed, weight and a hash of the pixels, or of what was
+    read in their place.
 
     Each `write`, at a checkpoint and at the end, is a file of its own: all steps before a checkpoint are there however
     the run ends, and a restart overwrites nothing. A step that was done again may be there twice, with equal lines.
@@ -26,7 +29,8 @@ class Audit:
 
     def record(self, batch: RankBatch) -> None:
         for row, key in enumerate(batch["keys"]):
-            digest = hashlib.sha256(batch["images"][row].contiguous().numpy().tobytes()).hexdigest()[:16]
+            seen = next(batch[name] for name in _CONTENT if name in batch)  # type: ignore[literal-required]
+            digest = hashlib.sha256(seen[row].contiguous().numpy().tobytes()).hexdigest()[:16]
             self.lines.append(
                 json.dumps(
                     {

@@ -47,7 +47,7 @@ def check_phases(config: TrainConfig, objective: Objective) -> None:
         raise ValueError(f"evaluation.every: {config.objective.kind} draws nothing to measure; set it to 0")
     for phase in objective.phases:
         engine = config.engine_of(phase.network)
-        if phase.couples_samples and config.accumulation > 1:
+        if phase.couples_samples and not phase.caches_gradients and config.accumulation > 1:
             raise ValueError(
                 f"the loss of {phase.network!r} couples the samples of a batch, so accumulation would change it: "
                 f"set data.micro_batch={config.data.global_batch_size // config.workers.count}"
@@ -110,8 +110,7 @@ class Trainer:
         torch.manual_seed(mix(self.config.run.seed, step, self.rank).item() >> 1)  # for layers that draw themselves
         micro_batches = self.split(batch, step)
         with torch.no_grad(), self.autocast():
-            for micro_batch in micro_batches:
-                self.objective.prepare(micro_batch)
+            self.objective.prepare(micro_batches)
         for network in self.objective.networks.values():
             network.train()
         for phase in self.objective.phases:
@@ -170,7 +169,7 @@ class Trainer:
         for name in ("images", "condition_images"):
             if name in moved:
                 moved[name] = moved[name].float().div_(127.5).sub_(1.0)
-        if self.config.precision.channels_last:
+        if self.config.precision.channels_last and "images" in moved:
             moved["images"] = moved["images"].contiguous(memory_format=torch.channels_last)
         moved["step"] = step
         return moved

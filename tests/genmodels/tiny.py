@@ -37,7 +37,7 @@ def diffusion_config(**changes: Any) -> LatentDiffusionConfig:
 
 
 def clip_config(**changes: Any) -> ClipConfig:
-    image_encoder = {"channels": [8, 16], "norm_groups": 4}
+    image_encoder = {"kind": "convolutional", "channels": [8, 16], "norm_groups": 4}
     settings = {"image_size": 16, "image_encoder": image_encoder, "text_encoder": TEXT, "embedding_dim": 8, **changes}
     return ClipConfig.model_validate(settings)
 

@@ -1,0 +1,32 @@
+"""What a joined unCLIP says of itself, read without any model library."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+INDEX = "unclip.json"  # marks the folder
+
+
+class PartsDoNotFit(ValueError):
+    """Stages that were trained on different CLIPs, or with other sizes; the message has both values."""
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a joined unCLIP. Raises ValueError where it is none."""
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"{folder} is no unCLIP (no {INDEX} there)")
+    return dict(json.loads((folder / INDEX).read_text()))
+
+
+def check_same_clip(named: dict[str, dict[str, Any]]) -> None:
+    """Raise PartsDoNotFit where stages, by name, were trained on different CLIPs: digest, width or statistics."""
+    (first, known), *others = named.items()
+    for name, other in others:
+        for key in ("embedding_dim", "digest", "statistics"):
+            if known.get(key) != other.get(key):
+                raise PartsDoNotFit(
+                    f"{first} and {name} belong to different CLIPs: {key} is {known.get(key)} of {first} and "
+                    f"{other.get(key)} of {name}; train both on the same"
+                )

@@ -75,8 +75,8 @@ class Phase:
         start_step: first step at which the phase runs.
         couples_samples: the loss mixes the samples of a batch (a contrastive loss, batch norm). Accumulation would
             then change its meaning, so it is refused, unless it `caches_gradients`.
-        caches_gradients: the loss of each micro-batch is such that together they have the gradient of the whole batch's:
-            `prepare` has seen all of them.
+        caches_gradients: the losses of the micro-batches together have the gradient of the whole batch's: `prepare` has
+            seen all of them.
         double_backward: the loss takes a gradient itself (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
     """
 

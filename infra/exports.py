@@ -7,12 +7,16 @@ import json
 import os
 from pathlib import Path
 
+INDICES = "model_index.json, genmodels.json, unclip.json, prior.json, clip.json or autoencoder config"
+
 
 def export_kind(folder: str | os.PathLike[str]) -> str | None:
-    """What an export folder holds: "text_to_image", "autoencoder", "clip", or None where it is no export."""
+    """What an export folder holds: "text_to_image", "autoencoder", "clip", "prior", or None where it is no export."""
     folder = Path(folder)
-    if (folder / "model_index.json").is_file() or (folder / "genmodels.json").is_file():
+    if any((folder / name).is_file() for name in ("model_index.json", "genmodels.json", "unclip.json")):
         return "text_to_image"
+    if (folder / "prior.json").is_file():
+        return "prior"
     if (folder / "clip.json").is_file():
         return "clip"
     if (folder / "config.json").is_file():

@@ -24,7 +24,7 @@ from genmodels.diffusion.layout import class_names, takes_prompts
 from infra import model_card as cards
 from infra import storage
 from infra.errors import BadRequest
-from infra.exports import export_kind, folder_digest
+from infra.exports import INDICES, export_kind, folder_digest
 from infra.mlflow_store import open_client, patiently, tracking_uri
 
 if TYPE_CHECKING:
@@ -58,14 +58,19 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
     from mlflow.types.schema import Array
 
     png = ColSpec("binary", "png")
+    columns: list[ColSpec | TensorSpec]
     if kind == "autoencoder":
         return ModelSignature(inputs=Schema([png]), outputs=Schema([png])), pd.DataFrame({"png": [_grey_png()]})
     if kind == "clip":
         texts = Schema([ColSpec("string", "text")])
         example = pd.DataFrame({"text": ["a red seven on a white background"]})
         return ModelSignature(inputs=texts, outputs=Schema([ColSpec(Array("double"), "embedding")])), example
+    if kind == "prior":
+        columns = [ColSpec("string", "text"), ColSpec("long", "seed", required=False)]
+        example = pd.DataFrame({"text": ["a red seven on a white background"], "seed": [1]})
+        return ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(Array("double"), "embedding")])), example
     conditional = takes_prompts(folder)
-    columns: list[ColSpec | TensorSpec] = [
+    columns = [
         ColSpec("long", "seed", required=not conditional),
         ColSpec("long", "num_steps", required=False),
     ]
@@ -109,9 +114,7 @@ def register_export(
 
     kind = export_kind(folder)
     if kind is None:
-        raise BadRequest(
-            f"{folder}: no export to register (no model_index.json, genmodels.json, clip.json or autoencoder config)"
-        )
+        raise BadRequest(f"{folder}: no export to register (no {INDICES})")
     if not re.fullmatch(r"[^/:@']+", name):
         raise BadRequest(f"model name {name!r}: may not be empty, nor hold any of / : @ '")
     uri = tracking_uri(uri)
@@ -228,8 +231,7 @@ def resolve_model(reference: str | os.PathLike[str], uri: str | None = None) -> 
 def _checked(folder: Path, reference: str) -> Path:
     if export_kind(folder) is None:
         raise BadRequest(
-            f"{reference}: holds no model (no model_index.json, genmodels.json, clip.json or autoencoder config); "
-            "give an export folder, a run folder or models:/NAME/VERSION"
+            f"{reference}: holds no model (no {INDICES}); give an export folder, a run folder or models:/NAME/VERSION"
         )
     return folder
 

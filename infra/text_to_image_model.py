@@ -37,9 +37,11 @@ class TextToImageModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Open the export; weights are read here, once."""
-        from genmodels.diffusion.pipeline import TextToImage
+        from pathlib import Path
 
-        self.pipeline = TextToImage.from_folder(context.artifacts["export"])
+        from genmodels.drawing import open_drawing_model
+
+        self.pipeline = open_drawing_model(Path(context.artifacts["export"]))
         self.sampling = dict(context.model_config or {})
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:

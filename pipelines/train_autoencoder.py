@@ -13,4 +13,4 @@ from infra.errors import main_exit
 from pipelines.training.command import run
 
 if __name__ == "__main__":
-    main_exit(lambda: run(__doc__ or "", "autoencoder_demo", kind="autoencoder"))
+    main_exit(lambda: run(__doc__ or "", "autoencoder_demo", "autoencoder"))

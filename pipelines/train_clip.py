@@ -13,4 +13,4 @@ from infra.errors import main_exit
 from pipelines.training.command import run
 
 if __name__ == "__main__":
-    main_exit(lambda: run(__doc__ or "", "clip_demo", kind="clip"))
+    main_exit(lambda: run(__doc__ or "", "clip_demo", "clip"))

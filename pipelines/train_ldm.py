@@ -14,4 +14,4 @@ from infra.errors import main_exit
 from pipelines.training.command import run
 
 if __name__ == "__main__":
-    main_exit(lambda: run(__doc__ or "", "ldm_demo", kind="latent_diffusion"))
+    main_exit(lambda: run(__doc__ or "", "ldm_demo", "latent_diffusion"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers import AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from genmodels import random
+from genmodels.weights import weights_digest
 
 CLASSES: dict[str, type] = {"AutoencoderKL": AutoencoderKL, "VQModel": VQModel}
 
@@ -39,6 +41,13 @@ class LatentCodec(nn.Module):
             raise ValueError(f"{folder} holds {name}, and no {' or '.join(CLASSES)}")
         source: Any = CLASSES[name]
         return LatentCodec(source.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the weights and the scaling: which autoencoder it is. Sixteen hexadecimal digits."""
+        return weights_digest(
+            self.model, f"{type(self.model).__name__} {self.model.config.scaling_factor} {self.shift}"
+        )
 
     @property
     def opens_in_pipelines(self) -> bool:

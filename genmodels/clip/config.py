@@ -50,7 +50,8 @@ class ClipConfig(Section):
     kind: Literal["clip"] = "clip"
     image_size: int = Field(224, gt=0, description="height and width in pixels")
     image_encoder: Annotated[ImageEncoderConfig, Field(discriminator="kind")] = Field(
-        ConvolutionalImageEncoder(), description="kind convolutional, or transformer: what transformers' CLIPModel opens"
+        ConvolutionalImageEncoder(),
+        description="kind convolutional, or transformer: what transformers' CLIPModel opens",
     )
     text_encoder: TrainedTextEncoder = Field(TrainedTextEncoder(), description="the text side, kind trained")
     embedding_dim: int = Field(512, gt=0, description="features of the shared embeddings")

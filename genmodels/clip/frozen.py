@@ -54,7 +54,9 @@ class FrozenClip(nn.Module):
         self.embedding_dim = pair.text_projection.out_features
         self.text_width = int(pair.text_encoder.config.hidden_size)
         self.text_length = int(pair.text_encoder.config.max_position_embeddings)
-        self._mean, self._deviation = (nn.Buffer(torch.tensor(v).view(3, 1, 1), persistent=False) for v in (mean, deviation))
+        self._mean, self._deviation = (
+            nn.Buffer(torch.tensor(v).view(3, 1, 1), persistent=False) for v in (mean, deviation)
+        )
         self.eval().requires_grad_(False)
 
     @staticmethod
@@ -118,7 +120,9 @@ class FrozenClip(nn.Module):
         for text in texts:
             count = len(self.tokenizer(text)["input_ids"])
             if count > self.text_length:
-                raise ValueError(f"{text[:60]!r}… has {count} tokens, and this CLIP reads {self.text_length}: shorten it")
+                raise ValueError(
+                    f"{text[:60]!r}… has {count} tokens, and this CLIP reads {self.text_length}: shorten it"
+                )
 
     def describe(self) -> dict[str, object]:
         """What an artifact that was trained on it says of it."""

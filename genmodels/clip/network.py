@@ -120,7 +120,10 @@ def to_transformers(pair: EncoderPair) -> CLIPModel:
         model = CLIPModel(config)
     state = {f"text_model.{key}": value for key, value in pair.text_encoder.state_dict().items()}
     state |= {f"vision_model.{key}": value for key, value in image.transformer.state_dict().items()}
-    state |= {"visual_projection.weight": image.projection.weight, "text_projection.weight": pair.text_projection.weight}
+    state |= {
+        "visual_projection.weight": image.projection.weight,
+        "text_projection.weight": pair.text_projection.weight,
+    }
     state["logit_scale"] = pair.log_scale.detach().squeeze()
     model.load_state_dict(state, strict=False, assign=True)  # position ids are no weights
     return model

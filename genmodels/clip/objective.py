@@ -127,7 +127,11 @@ class Clip(Objective):
         images, texts = (torch.cat([getattr(own, side)[kept] for own, kept in found]) for side in ("images", "texts"))
         self.statistics = EmbeddingStatistics.measure(images, texts)
         gap = float((images.mean(0) - texts.mean(0)).norm())
-        return {"modality_gap": gap, "dot_product": self.statistics.dot_mean, "temperature": 1 / float(found[0][0].scale)}
+        return {
+            "modality_gap": gap,
+            "dot_product": self.statistics.dot_mean,
+            "temperature": 1 / float(found[0][0].scale),
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """The measured statistics, once there are any."""
@@ -176,8 +180,8 @@ class Clip(Objective):
         if self._opens_in_transformers:
             if not (folder / "config.json").is_file():
                 raise ValueError(f"init_from: {folder} is no export of a CLIP (no config.json there)")
-            given = from_transformers(CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True))
-            copy_weights(given.state_dict(), self.clip, folder)
+            pair = from_transformers(CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True))
+            copy_weights(pair.state_dict(), self.clip, folder)
             return
         if not (folder / _ENCODERS).is_file():
             raise ValueError(f"init_from: {folder} is no export of a CLIP (no {_ENCODERS} there)")

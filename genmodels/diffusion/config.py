@@ -119,7 +119,10 @@ class LowResolutionCondition(_ImageCondition):
     )
     blur_sigma: float = Field(0.6, gt=0, description="largest deviation of that blur, in pixels of the small image")
     augmentation: float = Field(
-        0.0, ge=0, le=1, description="largest level of Gaussian noise on it in training, 1 is noise alone; the level is told"
+        0.0,
+        ge=0,
+        le=1,
+        description="largest level of Gaussian noise on it in training, 1 is noise alone; the level is told",
     )
     crop: int | None = Field(
         None, gt=0, description="train on crops of so many pixels a side, a multiple of factor; null: whole images"
@@ -181,8 +184,8 @@ class ImageEmbeddingConfig(Section):
     clip_dim: int = Field(768, gt=0, description="features of its embeddings, for estimates while it is not at hand")
     member: str | None = Field(
         None,
-        description="member of the samples with the embedding, clip.npy as encode_latents.py writes it; null: images are "
-        "embedded as they come",
+        description="member of the samples with the embedding, clip.npy as encode_latents.py writes it; null: images "
+        "are embedded as they come",
     )
     tokens: int = Field(4, gt=0, description="tokens of context that it becomes, beside what is added to the timestep")
     dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained without it")
@@ -198,8 +201,8 @@ class LatentDiffusionConfig(Section):
     )
     latent_member: str | None = Field(
         None,
-        description="member of the samples with the autoencoder's posterior, latent.npy as encode_latents.py writes it; "
-        "null: images are encoded as they come",
+        description="member of the samples with the autoencoder's posterior, latent.npy as encode_latents.py writes "
+        "it; null: images are encoded as they come",
     )
     latent_channels: int = Field(4, gt=0, description="the autoencoder's, for estimates while it is not at hand")
     latent_factor: int = Field(8, gt=0, description="the autoencoder's, for estimates while it is not at hand")

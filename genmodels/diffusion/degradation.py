@@ -1,9 +1,9 @@
 """What is done to the small images that super-resolution is trained on, so that it forgives what a decoder draws.
 
-Gaussian blur: Saharia et al., "Image Super-Resolution via Iterative Refinement" (2021). Blur, noise, resizing and JPEG in
-a random order: after Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution" (ICCV
-2021), much shortened. Gaussian conditioning augmentation: Ho et al., "Cascaded Diffusion Models for High Fidelity Image
-Generation" (JMLR 2022), section 4. All that is drawn comes from each sample's seed.
+Gaussian blur: Saharia et al., "Image Super-Resolution via Iterative Refinement" (2021). Blur, noise, resizing and JPEG
+in a random order: after Zhang et al., "Designing a Practical Degradation Model for Deep Blind Image Super-Resolution"
+(ICCV 2021), much shortened. Gaussian conditioning augmentation: Ho et al., "Cascaded Diffusion Models for High Fidelity
+Image Generation" (JMLR 2022), section 4. All that is drawn comes from each sample's seed.
 """
 
 from __future__ import annotations
@@ -74,12 +74,11 @@ def level_of(deviation: float) -> float:
 
 
 def random_crops(images: Tensor, seeds: Tensor, size: int, multiple: int) -> Tensor:
-    """A square of `size` pixels of each image, at a place that is a multiple of `multiple` pixels and drawn by its seed."""
+    """A square of `size` pixels of each image; its place is drawn by the seed, in multiples of `multiple` pixels."""
     places = (images.shape[-1] - size) // multiple + 1
     top, left = (random.integers(seeds, places, f"crop {axis}").mul(multiple) for axis in ("top", "left"))
     cut = [
-        image[:, y : y + size, x : x + size]
-        for image, y, x in zip(images, top.tolist(), left.tolist(), strict=True)
+        image[:, y : y + size, x : x + size] for image, y, x in zip(images, top.tolist(), left.tolist(), strict=True)
     ]
     return torch.stack(cut)
 

@@ -33,5 +33,7 @@ def image_condition(folder: Path) -> dict[str, Any] | None:
 
 
 def takes_prompts(folder: Path) -> bool:
-    """Whether the model draws from prompts: texts, or names of its classes."""
+    """Whether the model draws from prompts: texts, or names of its classes; all stages of unCLIP together do."""
+    if (folder / "unclip.json").is_file():
+        return True
     return (folder / "tokenizer").is_dir() or class_names(folder) is not None

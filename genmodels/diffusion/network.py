@@ -19,7 +19,6 @@ from genmodels.diffusion.dit import SIZE_FEATURES, DiT
 from genmodels.diffusion.sampler import NOTHING, Condition
 from genmodels.weights import copy_weights, forward_flops
 
-
 _WEIGHTS = "model.safetensors"
 LEVELS = 1000  # what a level of noise is multiplied by, to be embedded as timesteps are
 

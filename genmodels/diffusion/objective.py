@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from genmodels.diffusion import lora
 from genmodels.diffusion.config import LatentDiffusionConfig, LowResolutionCondition, UNetConfig
 from genmodels.diffusion.degradation import random_crops
 from genmodels.diffusion.dit import DiT, load_dit
-from genmodels.diffusion.image_condition import augmented, condition_channels, fold, from_batch, reduced
+from genmodels.diffusion.image_condition import augmented, condition_channels, fold, from_batch
 from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
 from genmodels.diffusion.network import (
     ConditionalDenoiser,
@@ -184,14 +184,14 @@ class LatentDiffusion(Objective):
             batch,
             ("crops", size, told.factor),
             (images, seeds),
-            lambda: {**batch, "images": random_crops(images, seeds, size, told.factor), "once": {}, "cropped": True},
+            lambda: {**batch, "images": random_crops(images, seeds, size, told.factor), "once": {}},
         )
         return cropped
 
     def images(self, batch: Batch) -> Tensor:
         """The images at the size that is trained: a CLIP may see them larger."""
         images = batch["images"]
-        if "cropped" in batch or images.shape[-1] == self.config.image_size:
+        if self.config.image_embedding is None or images.shape[-1] == self.config.image_size:
             return images
         return once(batch, ("images", self.config.image_size), (images,), lambda: fit(images, self.config.image_size))
 
@@ -463,13 +463,11 @@ def build_denoiser(
     elif isinstance(config.text_encoder, PretrainedTextEncoder):
         width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
     unet = config.denoiser if isinstance(config.denoiser, UNetConfig) else None
-    projection, vector = None, None
+    projection, features = None, 0
+    vector: Literal["identity", "timestep"] | None = "timestep" if config.tells_level else None
     if config.image_embedding is not None and unet is not None:
         features = config.image_embedding.clip_dim if clip is None else clip.embedding_dim
-        width = width or features
-        vector = "identity"
-    elif config.tells_level:
-        vector = "timestep"
+        width, vector = width or features, "identity"
     backbone = build_backbone(
         config.denoiser,
         channels,
@@ -481,7 +479,7 @@ def build_denoiser(
         size_conditioning=config.size_conditioning,
         extra_vector=vector,
     )
-    if config.image_embedding is not None and unet is not None:
+    if config.image_embedding is not None and unet is not None and width is not None:
         # diffusers makes the timestep's vector four times as wide as the finest level.
         projection = ImageProjection(features, 4 * unet.channels[0], width, config.image_embedding.tokens)
         if clip is not None and clip.statistics is not None:

@@ -105,9 +105,7 @@ class TextToImage:
         skip_scale = index.get("skip_scale", 1.0)
         denoiser = ConditionalDenoiser(backbone, text_encoder, learned_variance, projection, skip_scale)
         told = TypeAdapter(ImageConditionConfig | None).validate_python(index.get("image_condition"))
-        return TextToImage(
-            denoiser.to(device).eval(), settings, autoencoder, tokenizer, precision, classes, told, clip
-        )
+        return TextToImage(denoiser.to(device).eval(), settings, autoencoder, tokenizer, precision, classes, told, clip)
 
     @property
     def image_size(self) -> int:
@@ -303,7 +301,16 @@ class TextToImage:
         """
         shape = self.denoiser.sample_shape
         return sample(
-            self._denoise, shape, self.seeds(seeds), sampler, num_steps, condition, negative, guidance, on_step, stop=stop
+            self._denoise,
+            shape,
+            self.seeds(seeds),
+            sampler,
+            num_steps,
+            condition,
+            negative,
+            guidance,
+            on_step,
+            stop=stop,
         )
 
     @property

@@ -1,8 +1,9 @@
 """The autoregressive prior of unCLIP.
 
-Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section 2.2: image embeddings are
-reduced to their principal components, ordered by eigenvalue, each is quantised, and a transformer with a causal mask
-predicts one after the other from the caption, its embedding, and a token that tells how well image and caption agree.
+Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section 2.2: image embeddings
+are reduced to their principal components, ordered by eigenvalue, each is quantised, and a transformer with a causal
+mask predicts one after the other from the caption, its embedding, and a token that tells how well image and caption
+agree.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ class AutoregressivePriorNetwork(nn.Module):
         return (share * self.config.dot_buckets).long().clamp(0, self.config.dot_buckets - 1)
 
     def prefix(self, told: Condition, dots: Tensor) -> tuple[Tensor, Tensor]:
-        """The sequence before the codes, (batch, length + 2, width), and which of it is to be seen, (batch, length + 2)."""
+        """The sequence before the codes, (batch, length + 2, width), and which of it is seen, (batch, length + 2)."""
         embedding = self.read_embedding(told["embedding"] * told["embedding"].shape[1] ** 0.5)
         parts = [self.read_features(told["features"]), embedding[:, None], self.dots(dots)[:, None]]
         mask = torch.cat([told["mask"], told["mask"].new_ones(len(dots), 2)], dim=1)
@@ -126,6 +127,8 @@ class AutoregressivePriorNetwork(nn.Module):
 class AutoregressivePrior(Prior):
     """One network ("prior"), one phase: the cross-entropy of the codes."""
 
+    config: AutoregressivePriorConfig
+
     def __init__(self, config: AutoregressivePriorConfig, clip: FrozenClip) -> None:
         super().__init__(config, clip)
         self.prior = AutoregressivePriorNetwork(
@@ -143,9 +146,7 @@ class AutoregressivePrior(Prior):
     def abstract_networks(config: AutoregressivePriorConfig) -> dict[str, nn.Module]:
         """The trained network on the meta device, to count parameters."""
         with torch.device("meta"):
-            return {
-                "prior": AutoregressivePriorNetwork(config, config.clip_dim, config.clip_width, config.clip_length)
-            }
+            return {"prior": AutoregressivePriorNetwork(config, config.clip_dim, config.clip_width, config.clip_length)}
 
     def loss(self, batch: Batch) -> PhaseLoss:
         """Mean over the slots of the codes' mean cross-entropy, in nats a code."""
@@ -161,7 +162,7 @@ class AutoregressivePrior(Prior):
     def export(self, folder: Path) -> dict[str, Any]:
         """Write `prior/` and which CLIP it belongs to."""
         save_network(self.prior, folder / "prior")
-        self.write_facts(folder, {})
+        self.write_facts(folder)
         count = sum(p.numel() for p in self.prior.parameters())
         return {"layout": "own", "parameters": {"prior": count}}
 

@@ -41,7 +41,6 @@ class DiffusionPriorConfig(_PriorConfig):
 
     kind: Literal["diffusion_prior"] = "diffusion_prior"
     head_dim: int = Field(64, gt=0, description="features per attention head")
-    train_timesteps: int = Field(1000, ge=4, description="timesteps of the noise schedule, which is the cosine's")
 
 
 class AutoregressivePriorConfig(_PriorConfig):

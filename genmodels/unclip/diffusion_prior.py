@@ -1,7 +1,7 @@
 """The diffusion prior of unCLIP.
 
-Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section 2.2: a transformer with
-a causal mask over the caption's tokens, its embedding, the timestep, the noised image embedding and a learnt query
+Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents" (2022), section 2.2: a transformer
+with a causal mask over the caption's tokens, its embedding, the timestep, the noised image embedding and a learnt query
 predicts the clean image embedding itself. The network is diffusers' PriorTransformer, so that diffusers opens it.
 """
 
@@ -20,13 +20,22 @@ from genmodels import random
 from genmodels.clip.frozen import FrozenClip
 from genmodels.clip.statistics import EmbeddingStatistics
 from genmodels.diffusion.noise_schedule import NoiseSchedule
-from genmodels.diffusion.sampler import NOTHING, Condition, Guidance, SamplerName, make_sampler, sample, sampler_settings
+from genmodels.diffusion.sampler import (
+    NOTHING,
+    Condition,
+    Guidance,
+    SamplerName,
+    make_sampler,
+    sample,
+    sampler_settings,
+)
 from genmodels.objective import Batch, Mean, Phase, PhaseLoss
 from genmodels.random import derive_seeds
 from genmodels.unclip.config import DiffusionPriorConfig
 from genmodels.unclip.prior import Prior, open_clip
 from genmodels.weights import forward_flops, load_into
 
+TIMESTEPS = 1000
 CANDIDATES = 2  # draws, of which the one nearest to the caption's embedding is kept
 _RANGE = 5.0  # deviations from the mean beyond which a predicted feature is cut off
 _CHECKS = 4  # timesteps of a validation
@@ -34,7 +43,9 @@ _PREVIEW_STEPS = 10
 
 
 class DiffusionPrior(Prior):
-    """One network ("prior"), one phase: the squared error of the clean embedding, in units of its features' deviations."""
+    """One network ("prior"), one phase: the squared error of the clean embedding, in units of features' deviations."""
+
+    config: DiffusionPriorConfig
 
     def __init__(self, config: DiffusionPriorConfig, clip: FrozenClip) -> None:
         super().__init__(config, clip)
@@ -46,7 +57,7 @@ class DiffusionPrior(Prior):
         self.prior = build_prior(config, clip.embedding_dim, clip.text_length, self.statistics)
         self.networks: dict[str, nn.Module] = {"prior": self.prior}
         self.phases = [Phase("prior", self.loss)]
-        self.noise_schedule = NoiseSchedule.named("cosine", config.train_timesteps)
+        self.noise_schedule = NoiseSchedule.named("cosine", TIMESTEPS)
 
     @staticmethod
     def from_config(config: DiffusionPriorConfig, inputs: Path | None = None) -> DiffusionPrior:
@@ -81,7 +92,7 @@ class DiffusionPrior(Prior):
     def export(self, folder: Path) -> dict[str, Any]:
         """Write `prior/`, a PriorTransformer of diffusers, and which CLIP it belongs to."""
         self.prior.save_pretrained(folder / "prior", safe_serialization=True)
-        self.write_facts(folder, {"train_timesteps": self.config.train_timesteps})
+        self.write_facts(folder)
         return {"layout": "PriorTransformer", "parameters": {"prior": sum(p.numel() for p in self.prior.parameters())}}
 
     def load_weights(self, folder: Path) -> None:
@@ -140,7 +151,7 @@ def open_prior(folder: Path) -> Any:
 
 
 def predict(prior: Any, noisy: Tensor, timesteps: Tensor, told: Condition) -> Tensor:
-    """The clean embeddings, float32 (batch, embedding_dim), in units of deviations, that the prior sees in noisy ones."""
+    """The clean embeddings that the prior sees, float32 (batch, embedding_dim), in units of deviations."""
     answer = prior(
         noisy,
         timesteps,
@@ -159,7 +170,6 @@ def draw_embeddings(
     num_steps: int = 25,
     guidance_scale: float = 1.0,
     candidates: int = CANDIDATES,
-    train_timesteps: int = 1000,
     sampler: SamplerName = "ddpm",
 ) -> Tensor:
     """Image embeddings for captions: unit vectors, float32 (batch, embedding_dim).
@@ -170,9 +180,8 @@ def draw_embeddings(
         seeds: int64 (batch,): an embedding depends on its caption and seed alone.
         num_steps, guidance_scale, sampler: as for pictures.
         candidates: draws for each; the one with the largest dot product with the caption's embedding is kept.
-        train_timesteps: of the training.
     """
-    settings = sampler_settings("cosine", "sample", train_timesteps, clip=True) | {"clip_sample_range": _RANGE}
+    settings = sampler_settings("cosine", "sample", TIMESTEPS, clip=True) | {"clip_sample_range": _RANGE}
 
     def denoise(noisy: Tensor, timesteps: Tensor, told: Condition) -> Tensor:
         return predict(prior, noisy, timesteps, told)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "unclip.json"  # marks the folder
+FACTS = "prior.json"  # marks the export of a prior, and says which CLIP it belongs to
 
 
 class PartsDoNotFit(ValueError):

@@ -5,9 +5,9 @@ Ramesh et al., "Hierarchical Text-Conditional Image Generation with CLIP Latents
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ from genmodels.diffusion.config import LowResolutionCondition
 from genmodels.diffusion.degradation import level_of
 from genmodels.diffusion.image_condition import from_given
 from genmodels.diffusion.pipeline import TextToImage, to_pixels
-from genmodels.diffusion.sampler import Guidance, SamplerName, make_sampler, stopped_at
+from genmodels.diffusion.sampler import Condition, Guidance, SamplerName, make_sampler, stopped_at
 from genmodels.random import derive_seeds
 from genmodels.unclip import autoregressive_prior, diffusion_prior
 from genmodels.unclip.layout import read_index
 from genmodels.unclip.prior import read_captions
 
-By = Literal["prior", "text_embedding", "text_only"]
-"""How a sentence becomes what the decoder is told: the prior's image embedding; the sentence's own embedding in its
-place; or the sentence alone. The last two are the ablations of the paper's section 5.1."""
+TEXT_EMBEDDING, TEXT_ONLY = "text_embedding", "text_only"
+"""In place of a prior's image embedding the decoder is told the sentence's own embedding, or the sentence alone: the
+ablations of the paper's section 5.1."""
 
 
 class Unclip:
@@ -43,10 +43,16 @@ class Unclip:
     given_size, image_condition, classes = 0, None, None
 
     def __init__(
-        self, clip: FrozenClip, prior: Any, decoder: TextToImage, upsamplers: Sequence[TextToImage], settings: dict[str, Any]
+        self,
+        clip: FrozenClip,
+        priors: Mapping[str, Any],
+        decoder: TextToImage,
+        upsamplers: Sequence[TextToImage],
+        settings: dict[str, Any],
     ) -> None:
-        """Args: `prior` is a PriorTransformer or an `AutoregressivePriorNetwork`; `settings` is the index's `drawing`."""
-        self.clip, self.prior, self.decoder, self.upsamplers = clip, prior, decoder, list(upsamplers)
+        """Args: `priors` (see `open_prior`) by name, the first is used where none is named; `settings`: the index's
+        `drawing`."""
+        self.clip, self.priors, self.decoder, self.upsamplers = clip, dict(priors), decoder, list(upsamplers)
         self.settings = settings
 
     @staticmethod
@@ -54,11 +60,10 @@ class Unclip:
         """Open what `join` wrote. Raises ValueError where a part is missing."""
         index = read_index(folder)
         clip = FrozenClip.from_folder(folder / "clip").to(device)
-        source: Any = autoregressive_prior if index["prior"] == "autoregressive_prior" else diffusion_prior
-        prior = source.open_prior(folder / "prior").to(device)
+        priors = {name: open_prior(folder / name, kind, device) for name, kind in index["priors"].items()}
         decoder = TextToImage.from_folder(folder / "decoder", device, precision, clip)
         upsamplers = [TextToImage.from_folder(folder / name, device, precision) for name in index["upsamplers"]]
-        return Unclip(clip, prior, decoder, upsamplers, index["drawing"])
+        return Unclip(clip, priors, decoder, upsamplers, index["drawing"])
 
     @property
     def image_size(self) -> int:
@@ -81,7 +86,8 @@ class Unclip:
         sampler: SamplerName = "ddim",
         batch_size: int = 64,
         progress: Callable[[float, int], None] | None = None,
-        by: By = "prior",
+        by: str | None = None,
+        tell_captions: bool = True,
         **options: Any,
     ) -> np.ndarray:
         """Draw one picture per prompt and seed.
@@ -93,7 +99,8 @@ class Unclip:
             num_steps, guidance_scale, sampler: of the decoder; the other stages have theirs in `settings`.
             batch_size: pictures drawn together; it changes speed and memory, not the pictures.
             progress: called with the pictures drawn so far (fractions count) and their total.
-            by: how a sentence becomes what the decoder is told.
+            by: how a sentence becomes what the decoder is told: the name of a prior, TEXT_EMBEDDING or TEXT_ONLY.
+            tell_captions: whether a decoder that reads text is told the prompts too, beside the embeddings.
             options: eta, guidance_rescale and guidance_interval of the decoder.
 
         Returns:
@@ -107,28 +114,36 @@ class Unclip:
         if len(texts) != len(seeds):
             raise ValueError(f"needs one prompt per seed: {len(texts)} for {len(seeds)} seeds")
         self.clip.check_length([*texts, *(negative_prompts or ())])
-        if by == "text_only" and not self.decoder.conditional:
+        if by == TEXT_ONLY and not self.decoder.conditional:
             raise ValueError("this decoder reads no text: it can be told embeddings alone")
         embeddings = None
-        if by == "prior":
-            embeddings = self.embed(texts, seeds, negative_prompts)
-        elif by == "text_embedding":
+        if by == TEXT_EMBEDDING:
             embeddings = self.clip.read_texts(self._tokens(texts))[2]
+        elif by != TEXT_ONLY:
+            embeddings = self.embed(texts, seeds, negative_prompts, by)
+        if not tell_captions:
+            texts, negative_prompts = [""] * len(texts), None
         drawing = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler, **options}
         return self.decode(embeddings, texts, seeds, negative_prompts, batch_size, progress, drawing)
 
     @torch.inference_mode()
     def embed(
-        self, prompts: Sequence[str], seeds: Sequence[int], negative_prompts: Sequence[str] | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None = None,
+        by: str | None = None,
     ) -> Tensor:
-        """The prior's image embeddings of sentences: unit vectors, float32 (len(prompts), embedding_dim)."""
+        """A prior's image embeddings of sentences: unit vectors, float32 (len(prompts), embedding_dim)."""
+        name = by or next(iter(self.priors))
+        if name not in self.priors:
+            known = ", ".join((*self.priors, TEXT_EMBEDDING, TEXT_ONLY))
+            raise ValueError(f"there is no {name!r} in this model to draw by, only {known}")
         own = self.decoder.seeds(seeds)
         told = read_captions(self.clip, self._tokens(list(prompts)))
         nothing = read_captions(self.clip, self._tokens(list(negative_prompts or [""] * len(prompts))))
-        source: Any = diffusion_prior
-        if isinstance(self.prior, autoregressive_prior.AutoregressivePriorNetwork):
-            source = autoregressive_prior
-        return source.draw_embeddings(self.prior, told, nothing, derive_seeds(own, "prior"), **self.settings["prior"])
+        settings = self.settings["priors"].get(name, {})
+        return draw_embeddings(self.priors[name], told, nothing, derive_seeds(own, "prior"), settings)
 
     @torch.inference_mode()
     def decode(
@@ -285,6 +300,21 @@ class Unclip:
 
     def _tokens(self, texts: list[str]) -> Tensor:
         return self.clip.tokens(texts).to(self.decoder.seeds([0]).device)
+
+
+def open_prior(folder: Path, kind: str, device: str = "cpu") -> Any:
+    """A prior of either kind, in evaluation mode. Raises ValueError where the folder holds none."""
+    source: Any = autoregressive_prior if kind == "autoregressive_prior" else diffusion_prior
+    return source.open_prior(folder).to(device)
+
+
+def draw_embeddings(
+    prior: Any, told: Condition, nothing: Condition, seeds: Tensor, settings: Mapping[str, Any]
+) -> Tensor:
+    """Image embeddings by a prior of either kind; `settings` are of its own `draw_embeddings`."""
+    if isinstance(prior, autoregressive_prior.AutoregressivePriorNetwork):
+        return autoregressive_prior.draw_embeddings(prior, told, nothing, seeds, **settings)
+    return diffusion_prior.draw_embeddings(prior, told, nothing, seeds, **settings)
 
 
 def slerp(one: Tensor, other: Tensor, shares: Tensor) -> Tensor:

@@ -17,9 +17,8 @@ from genmodels.clip.statistics import EmbeddingStatistics
 from genmodels.diffusion.sampler import Condition
 from genmodels.objective import Batch, Mean, Objective, once
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
+from genmodels.unclip.layout import FACTS
 from genmodels.weights import required_folder
-
-FACTS = "prior.json"  # marks the export of a prior, and says which CLIP it belongs to
 
 
 class Prior(Objective):
@@ -76,10 +75,11 @@ class Prior(Objective):
             "cosine_of_text": Mean.of((told["embedding"] * images).sum(1), weight),
         }
 
-    def write_facts(self, folder: Path, facts: dict[str, Any]) -> None:
-        """Write what marks the export, beside the CLIP's own folder name."""
-        content = {"kind": self.config.kind, "clip": self.clip.describe(), **facts}
+    def write_facts(self, folder: Path) -> None:
+        """Write what marks the export, and a copy of its CLIP."""
+        content = {"kind": self.config.kind, "clip": self.clip.describe()}
         (folder / FACTS).write_text(json.dumps(content, indent=2) + "\n")
+        self.clip.save(folder / "clip")
 
 
 def read_captions(clip: FrozenClip, token_ids: Tensor) -> Condition:

@@ -13,6 +13,38 @@ from pipelines.data.scan import CHUNK_SAMPLES, ShardFacts, scan_file, sidecar_na
 from pipelines.data.tar import padded
 
 
+class ShardBuffer:
+    """One shard, put together in memory."""
+
+    def __init__(self) -> None:
+        self._buffer, self.samples = io.BytesIO(), 0
+        self._keys: set[str] = set()
+
+    def add(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add a sample: suffix to bytes. The key may hold slashes, but no dot in its last part."""
+        if "." in key.rpartition("/")[2] or not key:
+            raise ValueError(f"key {key!r}: a dot would end it early, and it may not be empty")
+        if key in self._keys:
+            raise ValueError(f"key {key!r} comes twice in a shard: the two samples would be read as one")
+        self._keys.add(key)
+        for suffix, data in members.items():
+            info = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and group 0: equal samples give equal bytes
+            info.size, info.mode = len(data), 0o644
+            self._buffer.write(info.tobuf(tarfile.GNU_FORMAT))
+            self._buffer.write(data)
+            self._buffer.write(b"\0" * (padded(len(data)) - len(data)))
+        self.samples += 1
+
+    def write(self, folder: str, name: str, chunk_samples: int) -> ShardFacts:
+        """Write the shard, and then its sidecar, which says that it is complete."""
+        self._buffer.write(b"\0" * 1024)
+        self._buffer.seek(0)
+        scan = scan_file(self._buffer, chunk_samples)
+        write_bytes(f"{folder}/{name}", self._buffer.getvalue())
+        write_bytes(f"{folder}/{sidecar_name(name, chunk_samples)}", scan.to_json())
+        return scan.facts
+
+
 class ShardWriter:
     """Writes samples to `FOLDER/00000.tar`, … and, on leaving the `with` block, the index.
 
@@ -33,8 +65,7 @@ class ShardWriter:
         self._location = Location.parse(url)
         self._shard_samples, self._chunk_samples = shard_samples, chunk_samples
         self._shards: dict[str, ShardFacts] = {}
-        self._buffer, self._in_shard = io.BytesIO(), 0
-        self._keys: set[str] = set()  # of the shard
+        self._shard = ShardBuffer()
         self.index: DatasetIndex | None = None
         self._empty_folder(overwrite)
 
@@ -51,36 +82,19 @@ class ShardWriter:
             filesystem.rm_file(name)
 
     def write(self, key: str, members: Mapping[str, bytes]) -> None:
-        """Add a sample: suffix to bytes. The key may hold slashes, but no dot in its last part."""
-        if "." in key.rpartition("/")[2] or not key:
-            raise ValueError(f"key {key!r}: a dot would end it early, and it may not be empty")
-        if key in self._keys:
-            raise ValueError(f"key {key!r} comes twice in a shard: the two samples would be read as one")
-        self._keys.add(key)
-        for suffix, data in members.items():
-            info = tarfile.TarInfo(f"{key}.{suffix}")  # time, owner and group 0: equal samples give equal bytes
-            info.size, info.mode = len(data), 0o644
-            self._buffer.write(info.tobuf(tarfile.GNU_FORMAT))
-            self._buffer.write(data)
-            self._buffer.write(b"\0" * (padded(len(data)) - len(data)))
-        self._in_shard += 1
-        if self._in_shard == self._shard_samples:
+        """Add a sample, see `ShardBuffer.add`."""
+        self._shard.add(key, members)
+        if self._shard.samples == self._shard_samples:
             self._finish_shard()
 
     def _finish_shard(self) -> None:
-        self._buffer.write(b"\0" * 1024)
         name = f"{len(self._shards):05d}.tar"
-        self._buffer.seek(0)
-        scan = scan_file(self._buffer, self._chunk_samples)
-        write_bytes(f"{self._location.folder}/{name}", self._buffer.getvalue())
-        write_bytes(f"{self._location.folder}/{sidecar_name(name, self._chunk_samples)}", scan.to_json())
-        self._shards[name] = scan.facts
-        self._buffer, self._in_shard = io.BytesIO(), 0
-        self._keys.clear()
+        self._shards[name] = self._shard.write(self._location.folder, name, self._chunk_samples)
+        self._shard = ShardBuffer()
 
     def close(self) -> DatasetIndex:
         """Write what is left and the index. Raises BadRequest where no sample was written."""
-        if self._in_shard:
+        if self._shard.samples:
             self._finish_shard()
         if not self._shards:
             raise BadRequest(f"{self._location.folder}: there were no samples to write")

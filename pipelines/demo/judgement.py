@@ -23,6 +23,7 @@ from pipelines.pictures import grid_png
 
 if TYPE_CHECKING:
     from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.unclip.pipeline import Unclip
 
 _SHOWN = (
     ("consistency", "consistency_real", "consistency_ratio"),
@@ -96,15 +97,15 @@ def judge_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _drawing(
     folder: Path, processes: int, precision: str, options: dict[str, Any], closing: ExitStack
-) -> tuple[Draw, TextToImage]:
+) -> tuple[Draw, TextToImage | Unclip]:
     """A function that draws, with a progress bar, and the model that it draws with. `closing` ends its processes."""
     import torch
 
-    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.drawing import open_drawing_model
     from pipelines.demo.parallel_draw import DrawingPool
 
     try:
-        model = TextToImage.from_folder(folder, "cuda" if torch.cuda.is_available() else "cpu", precision)
+        model = open_drawing_model(folder, "cuda" if torch.cuda.is_available() else "cpu", precision)
         if not model.conditional:
             raise BadRequest(f"{folder} was trained without captions, and the digits are asked for by captions")
         pool = None

@@ -69,10 +69,10 @@ def _load(folder: str, precision: str) -> None:
     global _model
     import torch
 
-    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.drawing import open_drawing_model
 
     torch.set_num_threads(1)
-    _model = TextToImage.from_folder(Path(folder), precision=precision)
+    _model = open_drawing_model(Path(folder), precision=precision)
 
 
 def _draw(job: tuple[list[str], list[int], dict[str, Any]]) -> np.ndarray:

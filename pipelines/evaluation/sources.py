@@ -142,12 +142,12 @@ _models: dict[tuple[str, str], Any] = {}  # of this process: several sources dra
 
 
 def _opened_model(reference: str, tracking_uri: str | None, precision: str, device: Any) -> Any:
-    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.drawing import open_drawing_model
     from infra.registry import resolve_model
 
     if (reference, precision) not in _models:
         folder = resolve_model(reference, tracking_uri)
-        _models[reference, precision] = TextToImage.from_folder(folder, device, precision)
+        _models[reference, precision] = open_drawing_model(folder, device, precision)
     return _models[reference, precision]
 
 

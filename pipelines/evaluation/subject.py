@@ -122,10 +122,10 @@ def _image_size(folder: Path) -> int:
     """Of an export whose training is not known; 0 of an autoencoder, which takes any."""
     if export_kind(folder) == "autoencoder":
         return 0
-    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.drawing import open_drawing_model
 
     try:
-        return TextToImage.from_folder(folder).image_size
+        return open_drawing_model(folder).image_size
     except (ValueError, OSError) as error:
         raise BadRequest(f"{folder}: {error}") from error
 

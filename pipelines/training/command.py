@@ -14,8 +14,8 @@ from pipelines.training.dry_run import describe
 from pipelines.training.explain import describe_keys
 
 
-def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig, argparse.Namespace]:
-    """Read the command line of a pipeline that trains objectives of one kind.
+def parse(description: str, default_preset: str, *allowed: str) -> tuple[TrainConfig, argparse.Namespace]:
+    """Read the command line of a pipeline that trains objectives of one kind, or of several.
 
     Raises:
         BadRequest: the configuration is wrong, or of another kind.
@@ -39,15 +39,17 @@ def parse(description: str, default_preset: str, kind: str) -> tuple[TrainConfig
         arguments.preset = default_preset
     config = load_config(arguments.preset, arguments.overrides)
     kinds = {member.kind for member in members_of(config.objective).values()}
-    if kinds != {kind}:
-        raise BadRequest(f"{arguments.preset} trains objective.kind={', '.join(sorted(kinds))}, this pipeline {kind}")
+    if not kinds <= set(allowed):
+        raise BadRequest(
+            f"{arguments.preset} trains objective.kind={', '.join(sorted(kinds))}, this pipeline {' or '.join(allowed)}"
+        )
     check_summary(arguments.summary)
     return config, arguments
 
 
-def run(description: str, default_preset: str, kind: str) -> None:
+def run(description: str, default_preset: str, *kinds: str) -> None:
     """Parse, then dry-run or train, and say where everything is."""
-    config, arguments = parse(description, default_preset, kind)
+    config, arguments = parse(description, default_preset, *kinds)
     if arguments.dry_run:
         facts = describe(config)
         write_summary(arguments.summary, facts)

@@ -83,6 +83,9 @@ class DataConfig(Section):
     demo: Literal["digits"] | None = Field(
         None, description="draw these shards first (train/ and held_out/ beside each other) where url has none"
     )
+    demo_size: int | None = Field(
+        None, gt=7, description="height and width of what data.demo draws [objective.image_size]"
+    )
     demo_repeats: int = Field(8, gt=0, description="drawings of each digit for data.demo")
     validation_url: str | None = Field(None, description="held-out shards; none: no validation")
     global_batch_size: int = Field(64, gt=0, description="samples a step, over all workers; lanes divide it")
@@ -264,6 +267,13 @@ class TrainConfig(Section):
         share = data.global_batch_size // world
         if not wrong and data.micro_batch and share % data.micro_batch:
             wrong.append(f"data.micro_batch={data.micro_batch} does not divide a worker's share of a step, {share}")
+        if (data.crop != "center" or data.horizontal_flip) and any(
+            map(_reads_arrays, members_of(self.objective).values())
+        ):
+            wrong.append(
+                "embeddings and latents in the shards are of the centre of each image: set data.crop=center and "
+                "data.horizontal_flip=false, or read none (member: null)"
+            )
         if data.caption is None and getattr(self.objective, "conditional", False):
             wrong.append("data.caption is null, and this objective learns from captions: name their shard member (txt)")
         for name, member in members_of(self.objective).items():
@@ -303,6 +313,12 @@ class TrainConfig(Section):
 
     def optimizer_of(self, network: str) -> OptimizerConfig:
         return self.optimizers.get(network, self.optimizer)
+
+
+def _reads_arrays(objective: Any) -> bool:
+    """Whether an objective reads embeddings or latents from the shards."""
+    stored = (getattr(objective, "embedding_member", None), getattr(objective, "latent_member", None))
+    return any(stored) or getattr(getattr(objective, "image_embedding", None), "member", None) is not None
 
 
 # What a run may change and still be the same run, resumed.

@@ -91,6 +91,11 @@ def _layout(objective: Any) -> str:
         layout = export_layout(objective)
         return f"{layout} (diffusers opens it)" if layout != "own" else "our own: only generate.py opens it"
     if objective.kind == "clip":
-        return "CLIP (transformers opens its text encoder)"
+        whole = objective.image_encoder.kind == "transformer"
+        return "CLIPModel (transformers opens it)" if whole else "CLIP (transformers opens its text encoder)"
+    if objective.kind == "diffusion_prior":
+        return "PriorTransformer (diffusers opens it)"
+    if objective.kind == "autoregressive_prior":
+        return "our own"
     name = "AutoencoderKL" if objective.regulariser.kind == "kl" else "VQModel"
     return f"{name} (diffusers opens it)"

@@ -1,4 +1,8 @@
-"""What a run needs from elsewhere, copied into its folder once, so that workers anywhere and later restarts find it."""
+"""What a run needs from elsewhere, copied into its folder once, so that workers anywhere and later restarts find it.
+
+References: a model that this project trained (models:/NAME, preset:NAME, a run, an export), or where others are taken
+too a folder or hub name of transformers.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from genmodels.clip.layout import FACTS as CLIP_FACTS
 from genmodels.families import members_of
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from infra import storage
@@ -22,7 +27,8 @@ from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
 from pipelines.training.cluster import local_cpus
 from pipelines.training.config import TrainConfig, load_config
-from pipelines.training.export import resolve_reference
+from pipelines.training.embeddings import clip_reference, complete_clip, sample_arrays
+from pipelines.training.export import find_export, resolve_reference
 from pipelines.training.run_folder import RunFolder, root_of
 
 _TOKENIZER_CAPTIONS = 50_000  # enough for the merges of a vocabulary of tens of thousands
@@ -54,6 +60,8 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
             for key in (key for key, wanted in models.items() if wanted == reference):
                 sources[key] = {"reference": reference, "digest": folder_digest(source)}
                 _place(key, reference, source, local / _member_named(key))
+        for name, member in members.items():
+            complete_clip(member, config, index, local / name)
         _share_tokenizer(local, list(members))
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):
@@ -77,7 +85,7 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
         if text.path.startswith(("models:", "preset:")):
             models[key] = text.path
         else:
-            _fetch_text_encoder(key, text.path, text.path, target)
+            _fetch(key, text.path, text.path, target, "text_encoder")
     elif isinstance(text, TrainedTextEncoder):
         started_from = local / "init" / name / "tokenizer"
         if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
@@ -90,16 +98,31 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
             save(train_tokenizer(captions, text.vocab_size, text.length), target / "tokenizer")
     if getattr(objective, "autoencoder", None) is not None:
         models[f"{section}.autoencoder"] = objective.autoencoder
+    if (found := clip_reference(objective)) is not None:
+        key, path = f"{section}.{found[0]}", found[1]
+        if path.startswith(("models:", "preset:")) or _is_ours(path, config):
+            models[key] = path
+        else:
+            _fetch(key, path, path, target, "clip")
     return models
+
+
+def _is_ours(path: str, config: TrainConfig) -> bool:
+    """Whether a reference leads to a run, a checkpoint or an export of this project."""
+    if find_export(path, root_of(config)) is not None or storage.is_remote(path):
+        return True
+    return (Path(path).expanduser() / CLIP_FACTS).is_file()
 
 
 def _place(key: str, reference: str, source: Path, target: Path) -> None:
     """Copy the model that a key of the configuration refers to into its member's folder."""
-    if key.endswith(".autoencoder"):
+    if key.endswith(".clip"):
+        shutil.copytree(source, target / "clip")
+    elif key.endswith(".autoencoder"):
         nested = source / "vae"  # a Stable Diffusion export holds one too
         shutil.copytree(nested if nested.is_dir() else source, target / "autoencoder")
     else:
-        _fetch_text_encoder(key, reference, str(source), target)
+        _fetch(key, reference, str(source), target, "text_encoder")
 
 
 def _member_named(key: str) -> str:
@@ -129,11 +152,17 @@ def parents(folder: RunFolder) -> dict[str, str]:
     return {f"parent.{key}": f"{source['reference']} {source['digest']}" for key, source in sources.items()}
 
 
-def _fetch_text_encoder(key: str, reference: str, source: str, local: Path) -> None:
-    from genmodels.text.encoder import fetch_pretrained
-
+def _fetch(key: str, reference: str, source: str, local: Path, part: str) -> None:
+    """Copy a text encoder with its tokenizer, or a CLIP, of transformers. Raises BadRequest where there is none."""
     try:
-        fetch_pretrained(source, local)
+        if part == "clip":
+            from genmodels.clip.frozen import fetch_clip
+
+            fetch_clip(source, local / part)
+        else:
+            from genmodels.text.encoder import fetch_pretrained
+
+            fetch_pretrained(source, local)
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())[:300]
         raise BadRequest(f"{key}={reference}: {message}") from None
@@ -197,13 +226,15 @@ def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
     data = config.data
     members = members_of(config.objective).values()
     told = [condition for member in members if (condition := getattr(member, "image_condition", None)) is not None]
+    arrays, image_size = sample_arrays(config, inputs)
     spec = SampleSpec(
-        config.objective.image_size,
+        image_size,
         data.crop,
         data.horizontal_flip,
         data.caption if getattr(config.objective, "conditional", False) else None,
         condition_image=next((condition.member for condition in told if condition.kind == "member"), None),
         sizes=any(getattr(member, "size_conditioning", False) for member in members),
+        arrays=arrays,
     )
     tokenizer = inputs / "tokenizer"
     if not tokenizer.is_dir():

@@ -25,6 +25,7 @@ from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, flatten
+from pipelines.training.embeddings import check_encoders
 from pipelines.training.export import export_run, initial_objective, to_publish
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
@@ -35,10 +36,11 @@ _SHARD_SAMPLES = 1000
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
-def train(config: TrainConfig, lines: bool = False) -> dict[str, Any]:
+def train(config: TrainConfig, lines: bool = False, parent_run: str | None = None) -> dict[str, Any]:
     """Carry out (or resume, or report as finished) a training run; returns its summary.
 
     With `lines` its progress is told in lines, also on a terminal: for several trainings at once, each in a thread.
+    `parent_run` is the MLflow run that this one is a part of.
 
     Raises:
         BadRequest: the request cannot be carried out; nothing was started.
@@ -62,8 +64,9 @@ def train(config: TrainConfig, lines: bool = False) -> dict[str, Any]:
         complete = newest is not None and _is_complete(newest, config)
         prepare_inputs(config, folder, index)
         if not complete:
+            check_encoders(config, local_inputs(folder))
             _check_objective(config, folder)
-        run_id = _open_tracking(config, folder, uri, index)
+        run_id = _open_tracking(config, folder, uri, index, parent_run)
         try:
             if not complete:
                 if newest is not None:
@@ -164,7 +167,7 @@ def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, 
 
 def draw_demo(config: TrainConfig) -> None:
     """Draw the demo's shards where they belong; a `data.url` of one's own is never written to."""
-    data, size = config.data, config.objective.image_size
+    data, size = config.data, config.data.demo_size or config.objective.image_size
     out = storage.join(str(storage.run_root()), "data", f"digits-{size}")
     if data.demo != "digits" or data.url != storage.join(out, "train") or digits_complete(out):
         return
@@ -172,7 +175,9 @@ def draw_demo(config: TrainConfig) -> None:
     write_digits(out, size, data.demo_repeats, _SHARD_SAMPLES, overwrite=True)
 
 
-def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex) -> str:
+def _open_tracking(
+    config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex, parent_run: str | None
+) -> str:
     """One MLflow run for one training, however often it restarts."""
     known = folder.read("run.json") or {}
     tags = {
@@ -180,6 +185,7 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, index: Data
         "git_commit": git_commit(),
         "run_folder": folder.url,
         "pipeline": config.objective.kind,
+        **({} if parent_run is None else {"mlflow.parentRunId": parent_run}),
     }
     params = flatten(json.loads(config.model_dump_json()))
     run_id = tracking.start_run(

@@ -1,0 +1,343 @@
+"""What `encode_latents.py` does: shards in, shards with embeddings and latents out, over Ray Data actors."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from infra import storage
+from infra.errors import BadRequest, RunFailed, check_summary, write_summary
+from pipelines.data.decode import BadImage, decode_image
+from pipelines.data.index import DatasetIndex, Location, load_index, write_index
+from pipelines.data.read import read_chunks
+from pipelines.data.scan import ShardFacts, ShardScan, sidecar_name
+from pipelines.data.spec import SampleSpec
+from pipelines.data.write import ShardBuffer
+from pipelines.training.embeddings import ENCODERS, as_npy
+
+if TYPE_CHECKING:
+    from genmodels.autoencoder.codec import LatentCodec
+    from genmodels.clip.frozen import FrozenClip
+
+CLIP_MEMBER, LATENT_MEMBER = "clip.npy", "latent.npy"
+_REQUEST = "encoding.json"  # in the new folder from the start: what is being written there
+_MOST_BAD = 0.01  # of the samples of a dataset whose image cannot be used
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What is applied to each image, and how it is stored; sent to every actor.
+
+    Args:
+        clip, autoencoder: one of them at least.
+        image_size: of what the autoencoder sees; not read without one.
+        keep: members that are copied.
+        half: store 16 bits a number.
+        batch_size: images at once.
+    """
+
+    clip: FrozenClip | None
+    autoencoder: LatentCodec | None
+    image_size: int
+    keep: tuple[str, ...]
+    half: bool = False
+    batch_size: int = 64
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Which models make which member: what training compares with its own."""
+        described: dict[str, dict[str, Any]] = {}
+        if self.clip is not None:
+            described[CLIP_MEMBER] = {"shape": [self.clip.embedding_dim], **self.clip.describe()}
+        if self.autoencoder is not None:
+            shape = list(self.autoencoder.moments_shape(self.image_size))
+            described[LATENT_MEMBER] = {
+                "shape": shape,
+                "digest": self.autoencoder.digest,
+                "image_size": self.image_size,
+            }
+        return described
+
+
+def encode_shards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Carry out what the arguments of `encode_latents.py` ask for; returns and writes the summary.
+
+    Raises:
+        BadRequest: a model or the shards cannot be read, or OUT holds something else.
+        RunFailed: too many images cannot be used.
+    """
+    if not arguments.clip and not arguments.autoencoder:
+        raise BadRequest("name --clip MODEL, --autoencoder MODEL or both: there is nothing to encode with")
+    if arguments.autoencoder and not arguments.image_size:
+        raise BadRequest("--autoencoder needs --image-size: the size of the images that it sees, in pixels")
+    if arguments.batch_size < 1 or (arguments.actors or 1) < 1:
+        raise BadRequest("--batch-size and --actors must be 1 or more")
+    check_summary(arguments.summary)
+    encoders = Encoders(
+        clip=open_clip(arguments.clip, arguments.tracking_uri) if arguments.clip else None,
+        autoencoder=_open_autoencoder(arguments.autoencoder, arguments.tracking_uri) if arguments.autoencoder else None,
+        image_size=arguments.image_size or 0,
+        keep=tuple(part for part in arguments.keep.split(",") if part),
+        half=arguments.half,
+        batch_size=arguments.batch_size,
+    )
+    summary = encode(
+        _absolute(arguments.data),
+        _absolute(arguments.out),
+        encoders,
+        arguments.actors,
+        arguments.gpus,
+        arguments.overwrite,
+    )
+    write_summary(arguments.summary, summary)
+    print(
+        f"{summary['samples']} samples in {summary['shards']} shards at {summary['url']} "
+        f"({summary['written']} written now)"
+    )
+    return summary
+
+
+def encode(
+    data: str, out: str, encoders: Encoders, actors: int | None = None, gpus: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Write to `out` the shards of `data` with what `encoders` make of their images; goes on where it was interrupted.
+
+    Args:
+        data, out: absolute paths or URLs.
+        encoders: what to write.
+        actors: processes side by side [one for each GPU, or core].
+        gpus: one GPU for each.
+        overwrite: where `out` was written by another request.
+
+    Raises:
+        BadRequest, RunFailed: see `encode_shards`.
+    """
+    index = load_index(data, storage.join(str(storage.run_root()), "index"))
+    folder = Location.parse(out).folder
+    if folder == index.url:
+        raise BadRequest("the new shards need a folder of their own: name another OUT")
+    request = {
+        "of": index.digest,
+        "encoders": encoders.describe(),
+        "keep": list(encoders.keep),
+        "half": encoders.half,
+    }
+    _begin(folder, json.loads(json.dumps(request)), overwrite)
+    done = {name: facts for name in index.names if (facts := _written(folder, name, index.chunk_samples)) is not None}
+    missing = [shard for shard, name in enumerate(index.names) if name not in done]
+    bad = 0
+    if missing:
+        for name, facts, unusable in _over_ray(index, folder, encoders, missing, actors, gpus):
+            done[name], bad = facts, bad + unusable
+    if bad > max(3, _MOST_BAD * index.samples):
+        raise RunFailed(f"{bad} of {index.samples} images of {data} cannot be used: run training on it, which says why")
+    storage.write_bytes(storage.join(folder, ENCODERS), json.dumps(encoders.describe(), indent=2).encode())
+    written = write_index(Location(folder, "*.tar"), folder, done, index.chunk_samples)
+    return {
+        "url": folder,
+        "samples": written.samples,
+        "shards": len(written.names),
+        "written": len(missing),
+        "without_arrays": bad,
+        "index_digest": written.digest,
+        "encoders": encoders.describe(),
+    }
+
+
+def open_clip(reference: str, tracking_uri: str | None = None) -> FrozenClip:
+    """A CLIP of this project, named in any way, or of transformers: a folder or hub name. Raises BadRequest."""
+    from genmodels.clip.frozen import FrozenClip, fetch_clip
+    from genmodels.clip.layout import is_transformers_clip
+    from pipelines.training.export import find_export, resolve_reference
+
+    root = str(storage.run_root())
+    try:
+        ours = (
+            reference.startswith("models:") or storage.is_remote(reference) or find_export(reference, root) is not None
+        )
+        if ours or (Path(reference).is_dir() and not is_transformers_clip(Path(reference))):
+            return FrozenClip.from_folder(resolve_reference(reference, root, tracking_uri, finished=True))
+        if Path(reference).is_dir():
+            return FrozenClip.from_folder(Path(reference))
+        with tempfile.TemporaryDirectory() as temporary:
+            fetch_clip(reference, Path(temporary) / "clip")
+            return FrozenClip.from_folder(Path(temporary) / "clip")
+    except (OSError, ValueError) as error:
+        raise BadRequest(f"--clip {reference}: {' '.join(str(error).split())[:300]}") from None
+
+
+def _open_autoencoder(reference: str, tracking_uri: str | None) -> LatentCodec:
+    from genmodels.autoencoder.codec import LatentCodec
+    from pipelines.training.export import resolve_reference
+
+    folder = resolve_reference(reference, str(storage.run_root()), tracking_uri, finished=True)
+    nested = folder / "vae"
+    try:
+        return LatentCodec.from_folder(nested if nested.is_dir() else folder)
+    except ValueError as error:
+        raise BadRequest(f"--autoencoder {reference}: {error}") from None
+
+
+def _absolute(url: str) -> str:
+    from pipelines.training.config import absolute_url
+
+    try:
+        return str(absolute_url(url))
+    except ValueError as error:
+        raise BadRequest(str(error)) from None
+
+
+def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
+    """Say in the folder what is being written there. Raises BadRequest where it holds something else."""
+    path = storage.join(folder, _REQUEST)
+    storage.check_access(folder, write=True)
+    if storage.exists(path):
+        known = json.loads(storage.read_bytes(path))
+        if known == request:
+            return
+        different = ", ".join(key for key in request if known.get(key) != request[key])
+        if not overwrite:
+            raise BadRequest(
+                f"{folder} holds shards of another request (other {different}): name another, or --overwrite"
+            )
+    elif not overwrite and storage.exists(storage.join(folder, "index.json")):
+        raise BadRequest(f"{folder} holds other shards: name another folder, or --overwrite")
+    filesystem, local = storage.open_filesystem(folder)
+    for pattern in ("index*.json", "*.tar.index*.json", "*.tar", ENCODERS):
+        for name in filesystem.glob(f"{local}/{pattern}"):
+            filesystem.rm_file(name)
+    storage.write_bytes(path, json.dumps(request, indent=2).encode())
+
+
+def _written(folder: str, name: str, chunk_samples: int) -> ShardFacts | None:
+    """A shard that is complete: its sidecar is written last."""
+    path = storage.join(folder, sidecar_name(name, chunk_samples))
+    return ShardScan.from_json(storage.read_bytes(path)).facts if storage.exists(path) else None
+
+
+def _over_ray(
+    index: DatasetIndex, folder: str, encoders: Encoders, shards: Sequence[int], actors: int | None, gpus: bool
+) -> Any:
+    """Encode shards, each by one actor; yields name, facts and how many images were bad, as they are done."""
+    import psutil
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from pipelines.training import cluster
+
+    count = actors or (psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+    cluster.join(count)
+    if gpus and actors is None:
+        count = int(ray.cluster_resources().get("GPU", 0))
+        if not count:
+            raise BadRequest("--gpus: Ray has no GPU")
+    count = min(count, len(shards))
+    cluster.check_shared(folder, "OUT")
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.raise_original_map_exception = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    shared = ray.put((index, folder, encoders))
+    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with DataContext.current(context), Progress(*columns, console=Console(stderr=True)) as bar:
+        row = bar.add_task("samples", total=int(index.shard_samples[list(shards)].sum()))
+        rows = [{"shard": shard} for shard in shards]
+        stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            ShardEncoder,
+            batch_size=1,
+            compute=ActorPoolStrategy(size=count),
+            fn_constructor_args=[[shared]],  # in a list, the reference is sent and not what it stands for
+            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
+        )
+        try:
+            for found in stream.iter_rows():
+                bar.advance(row, found["samples"])
+                facts = ShardFacts(**{name: found[name] for name in ShardFacts._fields})
+                yield found["name"], facts, found["bad"]
+        except ray.exceptions.RayTaskError as error:
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+
+
+class ShardEncoder:
+    """One actor: reads a shard, encodes its images, writes the new shard."""
+
+    def __init__(self, shared: list[Any]) -> None:
+        import ray
+        import torch
+
+        cuda = torch.cuda.is_available() and bool(ray.get_gpu_ids())
+        if not cuda:
+            torch.set_num_threads(1)
+        self._device = torch.device("cuda" if cuda else "cpu")
+        self._index, self._folder, self._encoders = ray.get(shared[0])
+        for network in (self._encoders.clip, self._encoders.autoencoder):
+            if network is not None:
+                network.to(self._device)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        name, facts, bad = encode_shard(self._index, int(batch["shard"][0]), self._folder, self._encoders, self._device)
+        return {"name": [name], "bad": [bad], **{key: [value] for key, value in facts._asdict().items()}}
+
+
+def encode_shard(
+    index: DatasetIndex, shard: int, folder: str, encoders: Encoders, device: Any
+) -> tuple[str, ShardFacts, int]:
+    """Write one new shard: its name, its facts, and how many samples have no arrays, since their image is bad."""
+    buffer, bad, name = ShardBuffer(), 0, index.names[shard]
+    for chunk in range(-(-int(index.shard_samples[shard]) // index.chunk_samples)):
+        read = read_chunks(index, [(shard, chunk)])[shard, chunk]
+        if read.reason:
+            raise OSError(f"shard {index.shard_url(shard)}, chunk {chunk}: {read.reason}")
+        members = [read.members(place) for place in range(len(read.samples))]
+        for first in range(0, len(members), encoders.batch_size):
+            arrays = _arrays(members[first : first + encoders.batch_size], encoders, device)
+            for place, made in enumerate(arrays, first):
+                sample = read.samples[place]
+                if sample.flaw or made is None:
+                    bad += 1
+                    made = {}
+                kept = {suffix: members[place][suffix] for suffix in encoders.keep if suffix in members[place]}
+                if not {**kept, **made}:
+                    kept = {"json": b"{}"}  # a sample without members would have no slot
+                buffer.add(sample.key, {**kept, **made})
+    return name, buffer.write(folder, name, index.chunk_samples), bad
+
+
+def _arrays(members: list[dict[str, bytes]], encoders: Encoders, device: Any) -> list[dict[str, bytes] | None]:
+    """The new members of each sample; None for one whose image cannot be used."""
+    import torch
+
+    good = [True] * len(members)
+    kind = np.float16 if encoders.half else np.float32
+    made: list[dict[str, bytes]] = [{} for _ in members]
+    networks: list[tuple[str, int, Any]] = []
+    if encoders.clip is not None:
+        networks.append((CLIP_MEMBER, encoders.clip.image_size, encoders.clip.embed_images))
+    if encoders.autoencoder is not None:
+        networks.append((LATENT_MEMBER, encoders.image_size, encoders.autoencoder.moments))
+    for member, size, network in networks:
+        pixels, spec = np.zeros((len(members), 3, size, size), np.uint8), SampleSpec(size)
+        for row, sample in enumerate(members):
+            encoded, _ = spec.choose_image(sample)
+            try:
+                if encoded is None:
+                    raise BadImage("image: missing")
+                decode_image(encoded, size, pixels[row])
+            except BadImage:
+                good[row] = False
+        with torch.inference_mode():
+            found = network(torch.from_numpy(pixels).to(device).float() / 127.5 - 1).cpu().numpy().astype(kind)
+        for row, array in enumerate(found):
+            made[row][member] = as_npy(array)
+    return [arrays if usable else None for arrays, usable in zip(made, good, strict=True)]

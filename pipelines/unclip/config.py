@@ -1,0 +1,182 @@
+"""What `train_unclip.py` trains: the presets of all stages, and how the joined model draws."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from genmodels.config import Section
+from infra.errors import BadRequest
+from pipelines.training.config import TrainConfig, load_config, override, read_preset
+from pipelines.training.embeddings import clip_reference
+from pipelines.training.explain import explain
+
+_TAKEN = ("clip", "decoder")
+_SAMPLERS = Literal["ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral"]
+
+
+class PriorDrawing(Section):
+    """How a prior draws; the last two are the diffusion prior's alone."""
+
+    guidance_scale: float = Field(1.0, description="1 is no guidance")
+    num_steps: int | None = Field(None, gt=0, description="of its sampler [25]")
+    candidates: int | None = Field(None, gt=0, description="draws, of which the one nearest to the caption is kept [2]")
+
+
+class DecoderDrawing(Section):
+    """How the decoder draws, where nothing else is asked for."""
+
+    num_steps: int = Field(20, gt=0, description="of the sampler")
+    guidance_scale: float = Field(2.0, description="1 is no guidance")
+    sampler: _SAMPLERS = Field("ddim", description="heun makes two passes a step")
+
+
+class UpsamplerDrawing(Section):
+    """How an upsampler draws."""
+
+    num_steps: int = Field(10, gt=0, description="of the sampler")
+    sampler: _SAMPLERS = Field("ddim", description="heun makes two passes a step")
+    augmentation_level: float = Field(0.0, ge=0, le=1, description="of noise on the picture that it is told")
+    augmentation: Literal["non_truncated", "truncated"] = Field(
+        "non_truncated", description="truncated: of the first, the decoder ends where its picture is no noisier"
+    )
+
+
+class DrawingConfig(Section):
+    """How all stages draw together."""
+
+    priors: dict[str, PriorDrawing] = Field({}, description="by name")
+    decoder: DecoderDrawing = DecoderDrawing()
+    upsamplers: dict[str, UpsamplerDrawing] = Field({}, description="by name")
+
+
+class UnclipConfig(Section):
+    """All stages: CLIP, priors, decoder, upsamplers."""
+
+    name: str = Field(description="names the folder of the joined model, and the MLflow run of all stages")
+    clip: str = Field(description="preset of the CLIP")
+    priors: dict[str, str] = Field(min_length=1, description="presets of the priors by name; the first is drawn with")
+    decoder: str = Field(description="preset of the decoder")
+    upsamplers: dict[str, str] = Field({}, description="presets of the upsamplers by name, from small to large")
+    keep: list[str] = Field(["txt", "json"], description="members that the shards with embeddings keep")
+    drawing: DrawingConfig = DrawingConfig()
+    root: str | None = Field(None, description="as run.root, of all stages")
+    tracking_uri: str | None = Field(None, description="as tracking.uri, of all stages")
+    experiment: str = Field("genmodels", description="MLflow experiment")
+    register_as: str | None = Field(None, description="registered model name of the joined model; null: not registered")
+
+    @field_validator("name")
+    @classmethod
+    def _is_one_folder(cls, name: str) -> str:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
+        return name
+
+    @model_validator(mode="after")
+    def _names_are_different(self) -> UnclipConfig:
+        names = [*_TAKEN, *self.priors, *self.upsamplers]
+        for name in {*self.priors, *self.upsamplers}:
+            if names.count(name) > 1 or not re.fullmatch(r"[a-z]\w*", name):
+                raise ValueError(f"{name!r} cannot name a stage: use small letters, digits and _, each name once")
+        for part, known in (("priors", self.priors), ("upsamplers", self.upsamplers)):
+            if unknown := getattr(self.drawing, part).keys() - known.keys():
+                raise ValueError(f"drawing.{part}: there is no {', '.join(sorted(unknown))}, only {', '.join(known)}")
+        return self
+
+    @property
+    def stages(self) -> dict[str, str]:
+        """Presets of all stages by name, in the order of training."""
+        return {"clip": self.clip, **self.priors, "decoder": self.decoder, **self.upsamplers}
+
+
+@dataclass(frozen=True)
+class Stages:
+    """A resolved `UnclipConfig`: the training of each stage by name, in order."""
+
+    config: UnclipConfig
+    trainings: dict[str, TrainConfig]
+
+
+def load_stages(preset: str, assignments: list[str]) -> Stages:
+    """Read a preset of all stages and those of each; `STAGE.dotted.key=value` overrides a stage's.
+
+    Raises:
+        BadRequest: a preset is wrong, or stages do not fit one another; nothing was started.
+    """
+    tree = read_preset(preset)
+    names = [*_TAKEN, *(tree.get("priors") or {}), *(tree.get("upsamplers") or {})]
+    of_stages: dict[str, list[str]] = {name: [] for name in names}
+    own: list[str] = []
+    for assignment in assignments:
+        stage, dot, _ = assignment.partition("=")[0].partition(".")
+        if dot and stage in of_stages:
+            of_stages[stage].append(assignment[len(stage) + 1 :])
+        else:
+            own.append(assignment)
+    try:
+        config = UnclipConfig.model_validate(override(tree, own))
+    except ValidationError as error:
+        raise BadRequest("; ".join(explain(error, UnclipConfig))) from None
+    shared = [f"tracking.experiment={config.experiment}"]
+    shared += [] if config.root is None else [f"run.root={config.root}"]
+    shared += [] if config.tracking_uri is None else [f"tracking.uri={config.tracking_uri}"]
+    trainings = {}
+    for name, wanted in config.stages.items():
+        try:
+            trainings[name] = load_config(wanted, [*shared, *of_stages[name]])
+        except BadRequest as error:
+            raise BadRequest(f"{name}: {error}") from None
+    if of_stages["clip"] or config.root is not None:
+        trainings = _with_this_clip(trainings, config.clip)
+    check_stages(config, trainings)
+    return Stages(config, trainings)
+
+
+def _with_this_clip(trainings: dict[str, TrainConfig], preset: str) -> dict[str, TrainConfig]:
+    """Stages that name the CLIP's preset name its run in place: it may have other settings than the preset."""
+    from pipelines.training.run_folder import RunFolder
+
+    found, url = {}, RunFolder.of(trainings["clip"]).url
+    for name, config in trainings.items():
+        text = json.dumps(json.loads(config.model_dump_json()))
+        text = text.replace(json.dumps(f"preset:{preset}"), json.dumps(url))
+        found[name] = TrainConfig.model_validate_json(text)
+    return found
+
+
+def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
+    """Raise BadRequest where stages are of another kind, or do not follow one another in size."""
+    decoder = trainings["decoder"].objective
+    kinds = {"clip": ("clip",), **dict.fromkeys(config.priors, ("diffusion_prior", "autoregressive_prior"))}
+    for name, training in trainings.items():
+        allowed = kinds.get(name, ("latent_diffusion",))
+        if training.objective.kind not in allowed:
+            raise BadRequest(
+                f"{name}: trains objective.kind={training.objective.kind}, and should {' or '.join(allowed)}"
+            )
+    if getattr(decoder, "image_embedding", None) is None:
+        raise BadRequest("decoder: is told no image embeddings: set decoder.objective.image_embedding.clip")
+    references: dict[str, str] = {}
+    for name in (*config.priors, "decoder"):
+        found = clip_reference(trainings[name].objective)
+        assert found is not None
+        references[name] = found[1]
+    if len(set(references.values())) > 1:
+        told = "; ".join(f"{name}: {reference}" for name, reference in references.items())
+        raise BadRequest(f"the stages name different CLIPs: {told}; give all the same")
+    size, before = decoder.image_size, "decoder"
+    for name in config.upsamplers:
+        objective: Any = trainings[name].objective
+        told = objective.image_condition
+        if told is None or told.kind != "low_resolution":
+            raise BadRequest(f"{name}: is no upsampler: set {name}.objective.image_condition.kind=low_resolution")
+        if objective.image_size != size * told.factor:
+            raise BadRequest(
+                f"{name}: makes {objective.image_size} pixels of {objective.image_size // told.factor}, and {before} "
+                f"draws {size}: the sizes of stages must follow one another"
+            )
+        size, before = objective.image_size, name

@@ -1,0 +1,178 @@
+"""The driver of all stages of unCLIP: train, encode, train, join, register.
+
+Every part is done once: a finished stage says so, a shard with embeddings is not encoded again, and a joined model is
+the same version again. So the same command goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from infra import storage, tracking
+from infra.errors import BadRequest
+from pipelines.training.config import TrainConfig, flatten
+from pipelines.training.embeddings import embedding_member
+from pipelines.training.launch import draw_demo, git_commit, train
+from pipelines.training.lease import Lease
+from pipelines.training.run_folder import RunFolder, root_of
+from pipelines.unclip.config import Stages, UnclipConfig
+
+Train = Callable[[str, TrainConfig, str], dict[str, Any]]
+"""Trains a stage: its name, its configuration, and the MLflow run that it is a part of; returns its summary."""
+
+
+def train_one(name: str, config: TrainConfig, parent_run: str) -> dict[str, Any]:
+    """Train a stage, and say which one it is where it fails."""
+    try:
+        return train(config, parent_run=parent_run)
+    except BadRequest as error:
+        raise BadRequest(f"{name}: {error}") from error
+
+
+def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, Any]:
+    """Train, or go on with, all stages; join them and register the model. Returns the summary.
+
+    Raises:
+        BadRequest: a stage cannot be trained as it is asked for, or stages do not fit.
+        RunFailed: a training failed.
+    """
+    began, config = time.time(), stages.config
+    root = root_of(stages.trainings["clip"])
+    storage.check_access(root, write=True)
+    uri = tracking.check_tracking(stages.trainings["clip"].tracking.uri)
+    folder = RunFolder(storage.join(root, config.name))
+    if storage.exists(folder.path("checkpoints")):
+        raise BadRequest(f"{folder.url} is the folder of a training: give all stages another name=")
+    with Lease(folder):
+        run_id = _open_tracking(config, folder, uri)
+        try:
+            done: dict[str, dict[str, Any]] = {}
+            for name, training in stages.trainings.items():
+                draw_demo(training)
+                done[name] = train_stage(name, training, run_id)
+                if name == "clip":
+                    encoded = encode_for(stages, done["clip"])
+            summary = _publish(stages, folder, uri, run_id, done)
+        except BaseException:
+            tracking.finish_run(uri, run_id, "FAILED")
+            raise
+        tracking.finish_run(uri, run_id, "FINISHED")
+    outcomes = {name: each["outcome"] for name, each in done.items()}
+    return {**summary, "outcomes": outcomes, "encoded": encoded, "stages": done, "seconds": time.time() - began}
+
+
+def encode_for(stages: Stages, clip: dict[str, Any]) -> list[dict[str, Any]]:
+    """Write the shards with embeddings that stages read, of the shards that the CLIP was trained on."""
+    from pipelines.encoding import Encoders, encode, open_clip
+
+    trainings, source = stages.trainings, stages.trainings["clip"].data
+    wanted: dict[str, str] = {}  # new shards: of which
+    for training in trainings.values():
+        if embedding_member(training.objective) is None:
+            continue
+        for new, old in ((training.data.url, source.url), (training.data.validation_url, source.validation_url)):
+            if new is not None and old is not None and new != old:
+                wanted[new] = old
+    if not wanted:
+        return []
+    encoders = Encoders(open_clip(clip["export"]), None, 0, tuple(stages.config.keep))
+    # What another CLIP made of these shards belongs to nobody any more.
+    return [encode(old, new, encoders, overwrite=_is_encoded(new)) for new, old in wanted.items()]
+
+
+def _is_encoded(url: str) -> bool:
+    """Whether a folder holds shards that were written by `encode`, and not data of its own."""
+    return storage.exists(storage.join(url, "encoding.json"))
+
+
+def _open_tracking(config: UnclipConfig, folder: RunFolder, uri: str) -> str:
+    known = folder.read("run.json") or {}
+    params = flatten(json.loads(config.model_dump_json()))
+    tags = {"git_commit": git_commit(), "run_folder": folder.url, "pipeline": "unclip"}
+    run_id = tracking.start_run(uri, config.experiment, config.name, known.get("mlflow_run_id"), params, tags)
+    folder.write("run.json", {"mlflow_run_id": run_id, "tracking_uri": uri})
+    return run_id
+
+
+def _publish(
+    stages: Stages, folder: RunFolder, uri: str, run_id: str, done: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """Join the exports and register the model; the folder of a joined model is named by what it was joined of."""
+    from genmodels.unclip.join import join
+    from infra.exports import folder_digest
+    from infra.registry import register_export, resolve_model
+
+    config = stages.config
+    exports = {name: resolve_model(each["export"]) for name, each in done.items()}
+    digests = {name: folder_digest(export) for name, export in exports.items()}
+    drawing = json.loads(config.drawing.model_dump_json(exclude_none=True))
+    with tempfile.TemporaryDirectory() as temporary:
+        local = Path(temporary) / "unclip"
+        try:
+            index = join(
+                local,
+                {name: exports[name] for name in config.priors},
+                exports["decoder"],
+                {name: exports[name] for name in config.upsamplers},
+                drawing,
+            )
+        except ValueError as error:
+            raise BadRequest(f"the stages do not fit one another: {error}") from None
+        export = folder.path("export", folder_digest(local)[:16])
+        if not storage.exists(storage.join(export, "unclip.json")):
+            storage.upload_folder(local, export)
+    samples = done["clip"]["samples"]
+    summary = {
+        "name": config.name,
+        "folder": folder.url,
+        "export": export,
+        "tracking_uri": uri,
+        "mlflow_run_id": run_id,
+        "model_uri": None,
+        "clip": index["clip"],
+        "samples": samples,
+        "index_digest": done["clip"]["index_digest"],
+    }
+    if config.register_as is not None:
+        facts = {
+            "description": "unCLIP: a prior, a decoder and upsamplers draw pictures from sentences.",
+            "layout": "own",
+            "parts": ", ".join(done),
+            "data": {
+                "url": stages.trainings["clip"].data.url,
+                "samples": samples,
+                "index digest": summary["index_digest"],
+            },
+            "figures": {
+                f"{name}: {key}": value
+                for name, each in done.items()
+                for key, value in each["figures"].items()
+                if key.startswith("val_")
+            },
+            "sampling": index["drawing"]["decoder"],
+        }
+        lineage = {
+            "index_digest": summary["index_digest"],
+            "git_commit": git_commit(),
+            "clip_digest": index["clip"]["digest"],
+            "run_folder": folder.url,
+            **{f"parent.{name}": f"{done[name]['model_uri'] or done[name]['export']} {digests[name]}" for name in done},
+        }
+        summary["model_uri"] = register_export(
+            uri, run_id, resolve_model(export), config.register_as, facts, _all_yaml(stages), lineage
+        )
+    folder.write("result.json", summary)
+    return summary
+
+
+def _all_yaml(stages: Stages) -> str:
+    """The configuration of all stages, for whoever opens the model."""
+    trainings = {name: json.loads(each.model_dump_json()) for name, each in stages.trainings.items()}
+    return yaml.safe_dump({"unclip": json.loads(stages.config.model_dump_json()), "stages": trainings}, sort_keys=False)

@@ -244,7 +244,7 @@ class LatentDiffusion(Objective):
         clip, config = self.clip, self.config.image_embedding
         assert clip is not None and config is not None
         if config.member is not None:
-            return nn.functional.normalize(batch["image_embeddings"].float(), dim=1)
+            return batch["image_embeddings"].float()
         images = batch["images"]
         return once(batch, ("clip images", clip), (images,), lambda: clip.embed_images(images))
 

@@ -175,24 +175,42 @@ def draw_embeddings(
     """Image embeddings for captions: unit vectors, float32 (batch, embedding_dim).
 
     Args:
+        prior, told, nothing, seeds, num_steps, guidance_scale, sampler: as of `sample_embeddings`.
+        candidates: draws for each; the one with the largest dot product with the caption's embedding is kept.
+    """
+    drawn = []
+    for number in range(candidates):
+        own = derive_seeds(seeds, f"candidate {number}")
+        found = sample_embeddings(prior, told, nothing, own, num_steps, guidance_scale, sampler)
+        drawn.append(normalize(found, dim=1))
+    return nearest(torch.stack(drawn), told["embedding"])
+
+
+def sample_embeddings(
+    prior: Any,
+    told: Condition,
+    nothing: Condition,
+    seeds: Tensor,
+    num_steps: int = 25,
+    guidance_scale: float = 1.0,
+    sampler: SamplerName = "ddpm",
+) -> Tensor:
+    """One draw for each caption, as the prior's distribution has it: float32 (batch, embedding_dim), of any length.
+
+    Args:
         prior: a PriorTransformer with the statistics of its CLIP.
         told, nothing: of the captions, and of the empty one (see `read_captions`); NOTHING where there is no guidance.
         seeds: int64 (batch,): an embedding depends on its caption and seed alone.
         num_steps, guidance_scale, sampler: as for pictures.
-        candidates: draws for each; the one with the largest dot product with the caption's embedding is kept.
     """
     settings = sampler_settings("cosine", "sample", TIMESTEPS, clip=True) | {"clip_sample_range": _RANGE}
 
     def denoise(noisy: Tensor, timesteps: Tensor, told: Condition) -> Tensor:
         return predict(prior, noisy, timesteps, told)
 
-    drawn = []
-    for number in range(candidates):
-        own = derive_seeds(seeds, f"candidate {number}")
-        stepper, shape = make_sampler(sampler, settings), (prior.clip_mean.shape[1],)
-        found = sample(denoise, shape, own, stepper, num_steps, told, nothing, Guidance(guidance_scale))
-        drawn.append(normalize(found * prior.clip_std + prior.clip_mean, dim=1))
-    return nearest(torch.stack(drawn), told["embedding"])
+    stepper, shape = make_sampler(sampler, settings), (prior.clip_mean.shape[1],)
+    found = sample(denoise, shape, seeds, stepper, num_steps, told, nothing, Guidance(guidance_scale))
+    return found * prior.clip_std + prior.clip_mean
 
 
 def nearest(candidates: Tensor, embeddings: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from genmodels import random
 from genmodels.clip.frozen import FrozenClip
@@ -52,7 +51,7 @@ class Prior(Objective):
     def embeddings(self, batch: Batch) -> Tensor:
         """Unit vectors of the images, float32 (batch, embedding_dim)."""
         if self.config.embedding_member is not None:
-            return normalize(batch["image_embeddings"].float(), dim=1)
+            return batch["image_embeddings"].float()
         images = batch["images"]
         return once(batch, ("clip images", self.clip), (images,), lambda: self.clip.embed_images(images))
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
-from genmodels.families import build_objective
+from genmodels.families import ObjectiveConfig, build_objective
 from genmodels.objective import Batch
 from genmodels.text import tokenizer
 
@@ -42,6 +43,23 @@ def clip_config(**changes: Any) -> ClipConfig:
     return ClipConfig.model_validate(settings)
 
 
+def prior_config(kind: str = "diffusion_prior", **changes: Any) -> Any:
+    shape = {"head_dim": 8} if kind == "diffusion_prior" else {"width": 16, "components": 6, "buckets": 8}
+    settings = {"kind": kind, "image_size": 16, "clip": "given", "layers": 1, "heads": 2, **shape, **changes}
+    return TypeAdapter(ObjectiveConfig).validate_python(settings)
+
+
+def decoder_config(**changes: Any) -> LatentDiffusionConfig:
+    return diffusion_config(**{"autoencoder": None, "image_size": 8, "image_embedding": {"clip": "given"}, **changes})
+
+
+def upsampler_config(**changes: Any) -> LatentDiffusionConfig:
+    told = {"kind": "low_resolution", "factor": 2, "degradation": "blur", "augmentation": 0.3, "crop": 8}
+    unet = {**UNET, "attention": [False, False], "middle_attention": False}
+    settings = {"autoencoder": None, "denoiser": unet, "text_encoder": {"kind": "none"}, "image_condition": told}
+    return diffusion_config(**{**settings, **changes})
+
+
 def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(first_seed)
     return {
@@ -58,11 +76,23 @@ def with_tokens(given: Batch, inputs: Path) -> Batch:
     return {**given, "token_ids": tokenizer.encode(tokenizer.load(inputs / "tokenizer"), given["captions"])}
 
 
+def write_clip(folder: Path, inputs: Path, seed: int = 0, **changes: Any) -> Path:
+    """The export of a CLIP with measured statistics; its embeddings are as wide as its text's features."""
+    torch.manual_seed(seed)
+    clip = build_objective(clip_config(embedding_dim=16, **changes), inputs)
+    with torch.no_grad():
+        clip.finish([with_tokens(batch(32, first_seed=seed), inputs)])
+    folder.mkdir(parents=True)
+    clip.export(folder)
+    return folder
+
+
 def write_inputs(folder: Path) -> Path:
-    """An autoencoder whose latents are scaled, and a tokenizer, as the trainer lays them out."""
+    """An autoencoder whose latents are scaled, a tokenizer and a CLIP, as the trainer lays them out."""
     torch.manual_seed(0)
     autoencoder = build_objective(autoencoder_config())
     autoencoder.finish([batch(8)])
     autoencoder.export(folder / "autoencoder")
     tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, vocab_size=560, length=12), folder / "tokenizer")
+    write_clip(folder / "clip", folder)
     return folder

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from genmodels.clip.network import Embeddings
@@ -69,6 +71,46 @@ def _gradients(rank: int, world_size: int, inputs: Path) -> dict[str, Any]:
     return {"gradients": gradients, "metrics": result.metrics}
 
 
+def test_the_loss_of_pairs_that_are_all_alike_is_the_logarithm_of_their_number() -> None:
+    same = torch.nn.functional.normalize(torch.ones(7, 5, dtype=torch.float64), dim=1)
+    loss = contrastive_loss(Embeddings(same, same, torch.tensor(9.0, dtype=torch.float64)), torch.ones(7))
+    torch.testing.assert_close(loss, torch.full((7,), math.log(7), dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+def _accumulated(rank: int, world_size: int, inputs: Path, micro_batches: int) -> dict[str, Any]:
+    """As `_gradients`, in several micro-batches: each one's gradient is divided by their number, as engines do."""
+    torch.set_num_threads(1)
+    objective, batch = make(inputs), given(inputs)
+    batch["weight"][5] = 0.0
+    size = 8 // world_size // micro_batches
+    starts = range(rank * size * micro_batches, (rank + 1) * size * micro_batches, size)
+    parts = [part(batch, slice(start, start + size)) for start in starts]
+    with torch.no_grad():
+        objective.prepare(parts)
+    losses = [objective.loss(each) for each in parts]
+    for each in losses:
+        (each.loss / micro_batches).backward()
+    for parameter in objective.clip.parameters():
+        if world_size > 1:
+            torch.distributed.all_reduce(parameter.grad)
+        parameter.grad /= world_size
+    gradients = {name: parameter.grad for name, parameter in objective.clip.named_parameters()}
+    metrics = {name: [sum(e.metrics[name][i] for e in losses) for i in (0, 1)] for name in losses[0].metrics}
+    return {"gradients": gradients, "metrics": metrics, "loss": float(losses[0].loss)}
+
+
+@pytest.mark.slow
+def test_cached_gradients_are_those_of_one_process_with_the_whole_batch(inputs: Path) -> None:
+    whole = _gradients(0, 1, inputs)
+    for ranks in ([_accumulated(0, 1, inputs, 4)], on_ranks(2, _accumulated, inputs, 2)):
+        for name, expected in whole["gradients"].items():
+            for rank in ranks:
+                assert (rank["gradients"][name] - expected).norm() <= 1e-5 * expected.norm() + 1e-6, name
+        for name, expected in whole["metrics"].items():
+            for index in (0, 1):
+                torch.testing.assert_close(sum(rank["metrics"][name][index] for rank in ranks), expected[index])
+
+
 @pytest.mark.slow
 def test_the_gradient_does_not_depend_on_the_world_size(inputs: Path) -> None:
     whole = _gradients(0, 1, inputs)
@@ -112,6 +154,53 @@ def test_transformers_opens_the_export(inputs: Path, tmp_path: Path) -> None:
         found = opened.clip(batch["images"], batch["token_ids"])
     assert all(one.equal(other) for one, other in zip(expected, found, strict=True))
     assert opened.embed_texts(batch["captions"]).equal(expected.texts)
+
+
+TRANSFORMER = {"kind": "transformer", "patch_size": 4, "width": 16, "layers": 1, "heads": 2}
+
+
+def test_with_a_vision_transformer_it_is_a_clip_model_that_transformers_opens(inputs: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    objective: Any = build_objective(tiny.clip_config(image_encoder=TRANSFORMER), inputs)
+    batch = given(inputs)
+    assert objective.export(tmp_path)["layout"] == "CLIPModel"
+    model, tokenizer = CLIPModel.from_pretrained(tmp_path).eval(), CLIPTokenizer.from_pretrained(tmp_path)
+    told = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert told["image_mean"] == told["image_std"] == [0.5, 0.5, 0.5]  # values in [0, 1] to [-1, 1]
+    objective.clip.eval()
+    with torch.no_grad():
+        ours = objective.clip(batch["images"], batch["token_ids"])
+        theirs = model(pixel_values=batch["images"], input_ids=encode(tokenizer, batch["captions"]))
+        opened = open_pair(tmp_path).clip(batch["images"], batch["token_ids"])
+    torch.testing.assert_close(theirs.image_embeds, ours.images)
+    torch.testing.assert_close(theirs.text_embeds, ours.texts)
+    torch.testing.assert_close(theirs.logits_per_image, ours.scale * ours.images @ ours.texts.T)
+    assert opened.images.equal(ours.images) and opened.texts.equal(ours.texts)
+    with pytest.raises(ValueError, match="do not fit this config"):
+        other = {**TRANSFORMER, "width": 8}
+        build_objective(tiny.clip_config(image_encoder=other), inputs).load_weights(tmp_path)
+    with pytest.raises(ValueError, match="not a multiple of 5"):
+        tiny.clip_config(image_encoder={**TRANSFORMER, "patch_size": 5})
+
+
+def test_the_statistics_of_its_embeddings_go_with_it(inputs: Path, tmp_path: Path) -> None:
+    objective, batch = make(inputs), given(inputs)
+    batch["weight"][2] = 0.0
+    kept = [0, 1, 3, 4, 5, 6, 7]
+    with torch.no_grad():
+        figures = objective.finish([part(batch, slice(0, 4)), part(batch, slice(4, 8))])
+        own = objective.clip(batch["images"], batch["token_ids"])
+    images, texts = own.images[kept].double(), own.texts[kept].double()
+    found = objective.statistics
+    assert found is not None and found.count == 7
+    torch.testing.assert_close(found.mean.double(), images.mean(0))
+    torch.testing.assert_close(found.covariance.double(), torch.cov(images.T), rtol=1e-5, atol=1e-8)
+    assert figures["dot_product"] == pytest.approx(float((images * texts).sum(1).mean()))
+    again = make(inputs)
+    again.load_state_dict(objective.state_dict())
+    again.export(tmp_path)
+    opened = open_pair(tmp_path).statistics
+    assert opened is not None and opened.covariance.equal(found.covariance) and opened.dot_mean == found.dot_mean
 
 
 def test_latent_diffusion_reads_text_with_the_export(inputs: Path, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ agree.
 from __future__ import annotations
 
 import json
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from genmodels.diffusion.sampler import NOTHING, Condition
 from genmodels.objective import Batch, Mean, Phase, PhaseLoss
 from genmodels.unclip.config import AutoregressivePriorConfig
 from genmodels.unclip.prior import Prior, open_clip
-from genmodels.weights import copy_weights, forward_flops
+from genmodels.weights import copy_weights
 
 _INITIAL_DEVIATION = 0.02
 _RANGE = 4.0  # deviations to either side that the buckets of a component cover
@@ -172,20 +171,11 @@ class AutoregressivePrior(Prior):
 
     def flops_per_sample(self) -> float:
         """Of the prior's forward pass; the CLIP is not counted."""
-        return self._flops
-
-    @cached_property
-    def _flops(self) -> float:
-        dim, width, length = self.prior.sizes
-
-        class Example(AutoregressivePriorNetwork):
-            def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
-                one = torch.zeros(1, dtype=torch.int64, device=features.device)
-                mask = torch.ones(1, length, dtype=torch.bool, device=features.device)
-                told = {"features": features, "mask": mask, "embedding": torch.zeros(1, dim, device=features.device)}
-                return super().forward(told, one, one.expand(1, self.config.components))
-
-        return forward_flops(lambda: Example(self.config, dim, width, length), ((1, length, width), torch.float32))
+        (_, _, length), config = self.prior.sizes, self.config
+        tokens = length + 1 + config.components
+        weights = config.layers * 12 * config.width**2  # of a block's four products of attention, and two of its MLP
+        attended = config.layers * 2 * tokens * config.width
+        return 2.0 * (tokens * (weights + attended) + config.components * config.width * config.buckets)
 
     def _nats(self, batch: Batch, dropout: bool) -> Tensor:
         told, embeddings = self.told(batch, dropout), self.embeddings(batch)

@@ -135,7 +135,12 @@ def test_an_embedding_depends_on_its_caption_and_seed_alone(objective: Diffusion
     with torch.no_grad():
         drawn = draw_embeddings(objective.prior, told, empty, seeds, 5, guidance_scale=2.0)
         alone = draw_embeddings(
-            objective.prior, {k: v[2:3] for k, v in told.items()}, {k: v[2:3] for k, v in empty.items()}, seeds[2:3], 5, 2.0
+            objective.prior,
+            {k: v[2:3] for k, v in told.items()},
+            {k: v[2:3] for k, v in empty.items()},
+            seeds[2:3],
+            5,
+            2.0,
         )
         plain = draw_embeddings(objective.prior, told, empty, seeds, 5, guidance_scale=1.0)
         conditional = draw_embeddings(objective.prior, told, NOTHING, seeds, 5)
@@ -154,7 +159,9 @@ def test_of_the_candidates_the_nearest_to_the_caption_is_kept(objective: Diffusi
     told = read_captions(objective.clip, tiny.with_tokens(tiny.batch(16), inputs)["token_ids"])
     with torch.no_grad():
         one, many = (
-            (draw_embeddings(objective.prior, told, NOTHING, torch.arange(16), 5, candidates=n) * told["embedding"]).sum(1)
+            (
+                draw_embeddings(objective.prior, told, NOTHING, torch.arange(16), 5, candidates=n) * told["embedding"]
+            ).sum(1)
             for n in (1, 4)
         )
     assert (many >= one - 1e-6).all() and (many > one + 1e-6).any()

@@ -15,11 +15,12 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help setup demo demo-ldm-variants bench test test-fast lint clean
+.PHONY: help setup demo demo-ldm-variants demo-unclip bench test test-fast lint clean
 
 help:
 	@echo "make demo       train the demo: autoencoder, text encoder, latent diffusion, pictures, report (7 minutes on 2 cores)"
 	@echo "make demo-ldm-variants   denoisers, prediction types and regularisers compared, trained side by side (15 minutes on 2 cores)"
+	@echo "make demo-unclip         CLIP, priors, decoder, upsampler: from a sentence to a picture through all (under 25 minutes on 2 cores)"
 	@echo "make test       lint, types and all tests (about 17 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
 	@echo "make bench      what the machinery costs, side by side with the bare thing (under 20 minutes on 2 cores)"
@@ -37,6 +38,9 @@ $(STAMP): pyproject.toml
 
 demo: setup
 	$(BIN)/python pipelines/demo/run.py --out out/demo.json
+
+demo-unclip: setup
+	$(BIN)/python pipelines/demo/unclip.py --out out/demo-unclip.json
 
 demo-ldm-variants: setup
 	$(BIN)/python pipelines/demo/variants.py --out out/demo-ldm-variants.json

@@ -183,6 +183,18 @@ class Unclip:
             tell(stages - 1, 1.0)
         return np.concatenate(pictures)
 
+    @torch.inference_mode()
+    def upsample(self, images: Tensor, seeds: Sequence[int], batch_size: int = 64) -> Tensor:
+        """Images of the decoder's size, (n, 3, height, width) in [-1, 1], through all upsamplers."""
+        parts = []
+        for start in range(0, len(seeds), batch_size):
+            part = images[start : start + batch_size]
+            for number, upsampler in enumerate(self.upsamplers):
+                own = seeds[start : start + batch_size]
+                part = self._upsample(upsampler, number, part, own, None, lambda stage, done: None)
+            parts.append(part)
+        return torch.cat(parts)
+
     def variations(self, pictures: np.ndarray, seeds: Sequence[int], **options: Any) -> np.ndarray:
         """Other pictures with the embeddings of given ones: uint8 (n, height, width, 3), one for each seed.
 

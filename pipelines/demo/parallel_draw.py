@@ -39,7 +39,7 @@ class DrawingPool:
         """A picture for each prompt and seed: uint8 (n, height, width, 3).
 
         `progress` is called with the number of pictures that are done, and their total; `options` are those of
-        `TextToImage.draw` (`num_steps`, `guidance_scale`, `sampler`, `batch_size`). What a process raises is raised
+        the model's `draw` (`num_steps`, `guidance_scale`, `sampler`, `batch_size`). What a process raises is raised
         here.
         """
         part = options.get("batch_size", 64)

@@ -50,7 +50,7 @@ def prepare(root: Path, trainings: list[TrainConfig], at_once: int = 1) -> None:
 
     Ray gets room for as many of the trainings at once.
     """
-    size = str(trainings[0].objective.image_size)
+    size = str(trainings[0].data.demo_size or trainings[0].objective.image_size)
     command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / f"digits-{size}")]
     with subprocess.Popen([*command, "--demo", "digits", "--size", size, "--overwrite"]) as drawing:
         from genmodels.families import members_of, objective_class

@@ -169,7 +169,7 @@ def test_stages_that_do_not_fit_are_refused_with_both_values(stages: Path, input
         join(tmp_path / "e", {"prior": stages / "decoder"}, stages / "decoder", {})
     with pytest.raises(ValueError, match="is told no image embeddings"):
         join(tmp_path / "f", {"prior": stages / "prior"}, stages / "up", {})
-    with pytest.raises(ValueError, match="up: .* is no upsampler"):
+    with pytest.raises(ValueError, match=r"up: .* is no upsampler"):
         join(tmp_path / "g", {"prior": stages / "prior"}, stages / "decoder", {"up": stages / "decoder"})
     # Three times the size again: 8, 16, 32.
     join(tmp_path / "h", {"prior": stages / "prior"}, stages / "decoder", {"up": stages / "up", "larger": large})

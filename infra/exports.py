@@ -26,6 +26,11 @@ def export_kind(folder: str | os.PathLike[str]) -> str | None:
     return None
 
 
+def is_unclip(folder: str | os.PathLike[str]) -> bool:
+    """Whether an export folder holds all stages of unCLIP."""
+    return (Path(folder) / "unclip.json").is_file()
+
+
 def folder_digest(folder: str | os.PathLike[str]) -> str:
     """sha256 over the names and contents of all files of a folder, as hex digits."""
     total = hashlib.sha256()

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from infra.errors import BadRequest, write_summary
-from infra.exports import export_kind, folder_digest
+from infra.exports import export_kind, folder_digest, is_unclip
 from infra.storage import run_root
 from pipelines.drawing_options import drawing_options
 
@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     import numpy as np
 
     from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.unclip.pipeline import Unclip
 
 _SEEDS = range(-(2**63), 2**63)
 _UNCONDITIONAL_COUNT = 16
+_VARIATIONS = 8
+OF_UNCLIP = ("by", "to", "from_text", "to_text")
 
 
 def generate(arguments: argparse.Namespace) -> None:
@@ -42,11 +45,25 @@ def generate(arguments: argparse.Namespace) -> None:
     if kind != "text_to_image":
         raise BadRequest(f"{arguments.model} is of kind {kind}, which draws nothing by itself; name a diffusion model")
     model = _open(folder, arguments.device, arguments.precision)
+    whole = is_unclip(folder)
+    if not whole and (given := [name for name in OF_UNCLIP if getattr(arguments, name) is not None]):
+        raise BadRequest(
+            f"--{given[0].replace('_', '-')} is of models of all stages of unCLIP: {arguments.model} is none"
+        )
+    if whole and arguments.image is not None:
+        _vary(model, folder, arguments, settings, seeds)
+        return
+    if whole:
+        settings |= {} if arguments.by is None else {"by": arguments.by}
+        if arguments.to or arguments.from_text or arguments.to_text:
+            raise BadRequest("--to, --from-text and --to-text begin with a picture: name it with --image")
     prompts: list[str] | None = None
     if model.conditional:
-        if arguments.count is not None:
+        varied = model.takes_embedding and arguments.image is not None and not (arguments.prompts or arguments.file)
+        if arguments.count is not None and not varied:
             raise BadRequest("--count is for unconditional models; give each prompt several --seeds instead")
-        texts = read_prompts(arguments.prompts, arguments.file)
+        # A decoder of unCLIP alone draws a picture's embedding also without a caption.
+        texts = [""] * (arguments.count or _VARIATIONS) if varied else read_prompts(arguments.prompts, arguments.file)
         pairs = picture_plan(texts, seeds, arguments.seed)
         prompts, drawn_seeds = [text for text, _ in pairs], [seed for _, seed in pairs]
     else:
@@ -61,15 +78,76 @@ def generate(arguments: argparse.Namespace) -> None:
     images = _draw(model, prompts, drawn_seeds, arguments.negative, settings)
     seconds = time.perf_counter() - started
 
+    told = {"image": arguments.image, "mask": arguments.mask, "precision": model.precision}
+    kept = {name: value for name, value in settings.items() if name not in ("images", "masks", "embeddings")}
+    _finish(folder, arguments, {**kept, **told}, images, prompts, drawn_seeds, seconds)
+
+
+def _finish(
+    folder: Path,
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    images: np.ndarray,
+    titles: list[str] | None,
+    seeds: list[int],
+    seconds: float,
+) -> None:
+    """Write the pictures and what made them."""
     origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
     out = Path(arguments.out).expanduser().absolute()
-    told = {"image": arguments.image, "mask": arguments.mask, "precision": model.precision}
-    settings = {**{name: value for name, value in settings.items() if name not in ("images", "masks")}, **told}
     summary = {**origin, **settings, "negative_prompt": arguments.negative, "seconds": round(seconds, 2)}
-    summary |= _write(out, images, prompts, drawn_seeds)
+    summary |= _write(out, images, titles, seeds)
     write_summary(str(out / "generate.json"), summary)
     write_summary(arguments.summary, summary)
     print(f"{len(images)} pictures in {seconds:.1f} s: {summary['grid']}")
+
+
+def _vary(model: Any, folder: Path, arguments: argparse.Namespace, settings: dict[str, Any], seeds: list[int]) -> None:
+    """What unCLIP makes of a picture: variations, a path to another, or one along a difference of texts.
+
+    Raises:
+        BadRequest: a file cannot be read, or arguments do not go together.
+    """
+    if arguments.prompts or arguments.file or arguments.negative or arguments.by or arguments.mask:
+        raise BadRequest(
+            "--image of unCLIP takes no prompts, no --by and no --mask: it is drawn by the picture's embedding"
+        )
+    if (arguments.from_text is None) != (arguments.to_text is None):
+        raise BadRequest("--from-text and --to-text go together: the way between them is what is drawn along")
+    if arguments.to is not None and arguments.from_text is not None:
+        raise BadRequest("--to or --from-text: give one")
+    count, first = arguments.count or len(seeds) or _VARIATIONS, seeds[0] if seeds else arguments.seed
+    picture = _read_picture("image", arguments.image)
+    drawing = {name: settings[name] for name in ("num_steps", "guidance_scale", "sampler", "eta")}
+    options = {"drawing": drawing, "batch_size": settings["batch_size"]}
+    started = time.perf_counter()
+    try:
+        if arguments.to is not None:
+            drawn_seeds = [first] * count
+            images = model.interpolate(picture, _read_picture("to", arguments.to), count, first, **options)
+        elif arguments.from_text is not None:
+            drawn_seeds = [first] * count
+            images = model.text_difference(picture, arguments.from_text, arguments.to_text, count, first, **options)
+        else:
+            drawn_seeds = seeds or [first + i for i in range(count)]
+            images = model.variations(picture[None].repeat(len(drawn_seeds), axis=0), drawn_seeds, **options)
+    except ValueError as error:
+        raise BadRequest(str(error)) from error
+    told = {name: getattr(arguments, name) for name in ("image", "to", "from_text", "to_text")}
+    settings = {**settings, **told, "precision": model.precision}
+    _finish(folder, arguments, settings, images, None, drawn_seeds, time.perf_counter() - started)
+
+
+def _read_picture(name: str, path: str) -> np.ndarray:
+    """A picture as it is, uint8 (height, width, 3). Raises BadRequest where it cannot be read."""
+    import numpy as np
+    from PIL import Image
+
+    try:
+        with Image.open(Path(path).expanduser()) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        raise BadRequest(f"--{name} {path}: cannot be read as an image ({error})") from error
 
 
 def read_prompts(arguments: list[str], file: str | None) -> list[str]:
@@ -121,19 +199,19 @@ def find_export(model: str, tracking_uri: str | None = None) -> Path:
     return resolve_reference(model, str(run_root()), tracking_uri)
 
 
-def _open(folder: Path, device: str | None, precision: str) -> TextToImage:
+def _open(folder: Path, device: str | None, precision: str) -> TextToImage | Unclip:
     import torch
 
-    from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.drawing import open_drawing_model
 
     try:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return TextToImage.from_folder(folder, device, precision)
+        return open_drawing_model(folder, device, precision)
     except (ValueError, OSError) as error:
         raise BadRequest(f"{folder}: {error}") from error
 
 
-def _given(model: TextToImage, image: str | None, mask: str | None, count: int) -> dict[str, Any]:
+def _given(model: TextToImage | Unclip, image: str | None, mask: str | None, count: int) -> dict[str, Any]:
     """`images` and `masks` for `count` pictures, of the size that the model takes; empty for one that takes none.
 
     Raises:
@@ -142,6 +220,14 @@ def _given(model: TextToImage, image: str | None, mask: str | None, count: int) 
     import numpy as np
     from PIL import Image
 
+    if model.takes_embedding and image is not None:  # a decoder of unCLIP alone: drawn by the picture's embedding
+        import torch
+
+        picture = torch.from_numpy(_read_picture("image", image).copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        if picture.shape[2] != picture.shape[3]:
+            raise BadRequest(f"--image {image}: must be square, and is {picture.shape[3]} by {picture.shape[2]} pixels")
+        assert model.clip is not None
+        return {"embeddings": model.clip.embed_images(picture.to(next(model.clip.parameters()).device)).expand(count, -1)}
     for name, path, needed in (("image", image, model.given_size), ("mask", mask, model.takes_mask)):
         if bool(path) != bool(needed):
             raise BadRequest(f"this model takes {'an' if name == 'image' else 'a'} --{name} FILE" if needed else
@@ -164,7 +250,7 @@ def _given(model: TextToImage, image: str | None, mask: str | None, count: int) 
 
 
 def _draw(
-    model: TextToImage,
+    model: TextToImage | Unclip,
     prompts: list[str] | None,
     seeds: list[int],
     negative: str | None,

@@ -39,7 +39,7 @@ class Unclip:
         (1, 64, 64, 3)
     """
 
-    conditional, takes_mask, takes_map = True, False, False
+    conditional, takes_mask, takes_map, takes_embedding = True, False, False, False
     given_size, image_condition, classes = 0, None, None
 
     def __init__(

@@ -101,8 +101,8 @@ def show(summary: dict[str, Any]) -> None:
         f"CLIP recall@1 of real pictures, among {summary['captions']} captions: {summary['clip_recall_at_1']:.3f} "
         f"({summary['clip_pictures']} pictures); of drawn ones {summary['clip_recall_at_1_drawn']:.3f}",
         f"upsampler: PSNR {summary['upsampler_psnr']:.2f} dB, bicubic {summary['bicubic_psnr']:.2f}, told another "
-        f"image {summary['upsampler_psnr_shuffled']:.2f}; Fréchet distance {summary['upsampler_frechet_distance']:.2f}, "
-        f"bicubic {summary['bicubic_frechet_distance']:.2f}",
+        f"image {summary['upsampler_psnr_shuffled']:.2f}; Fréchet distance "
+        f"{summary['upsampler_frechet_distance']:.2f}, bicubic {summary['bicubic_frechet_distance']:.2f}",
         f"variations keep all: {summary['variation_consistency']:.3f} ({summary['variation_consistency_ratio']:.3f} of "
         f"real); interpolation begins as the one and ends as the other: {summary['interpolation_ends']:.3f}",
     ):

@@ -45,13 +45,16 @@ class TwoNetworks(Objective):
         return self.judge(batch).metrics
 
 
-def training_config(kind: str = "deepspeed", stage: int = 1, world_size: int = 2, **changes: Any) -> TrainConfig:
-    """A run of tiny latent diffusion, two micro-batches a step; parameters of every size are sharded at stage 3."""
+def training_config(
+    kind: str = "deepspeed", stage: int = 1, world_size: int = 2, model: Any = None, **changes: Any
+) -> TrainConfig:
+    """A run of tiny latent diffusion, or of the `model` given, two micro-batches a step; parameters of every size are
+    sharded at stage 3."""
     share = GLOBAL_BATCH // world_size
     tree: dict[str, Any] = {
         "run": {"name": "small", "steps": 100},
         "data": {"url": "/nowhere", "global_batch_size": GLOBAL_BATCH, "micro_batch": share // 2, "lanes": 4},
-        "objective": tiny.diffusion_config().model_dump(),
+        "objective": (model or tiny.diffusion_config()).model_dump(),
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5, "max_grad_norm": 0.5},
         "engine": {"kind": kind, "zero_stage": stage, "persistence_threshold": 0, "bucket_elements": 5000},
         "ema": {"decay": 0.9, "lengths": [0.05, 0.1]},

@@ -227,7 +227,9 @@ def _given(model: TextToImage | Unclip, image: str | None, mask: str | None, cou
         if picture.shape[2] != picture.shape[3]:
             raise BadRequest(f"--image {image}: must be square, and is {picture.shape[3]} by {picture.shape[2]} pixels")
         assert model.clip is not None
-        return {"embeddings": model.clip.embed_images(picture.to(next(model.clip.parameters()).device)).expand(count, -1)}
+        return {
+            "embeddings": model.clip.embed_images(picture.to(next(model.clip.parameters()).device)).expand(count, -1)
+        }
     for name, path, needed in (("image", image, model.given_size), ("mask", mask, model.takes_mask)):
         if bool(path) != bool(needed):
             raise BadRequest(f"this model takes {'an' if name == 'image' else 'a'} --{name} FILE" if needed else

@@ -89,11 +89,12 @@ def show(summary: dict[str, Any]) -> None:
     """Print the tables."""
     console = Console(soft_wrap=True)
     table = Table(title=f"{summary['count']} pictures of kept-out combinations, 64×64, none rejected")
-    for column in ("the decoder is told", "digit", "ink", "paper", "all right", "of real"):
+    for column in ("the decoder is told", "guidance", "digit", "ink", "paper", "all right", "of real"):
         table.add_column(column, justify="left" if column.startswith("the") else "right")
     for arm in summary["arms"]:
         shares = (f"{arm[part]:.3f}" for part in ("digit", "ink", "paper", "all"))
-        table.add_row(arm["told"], *shares, f"{arm['ratio']:.3f}")
+        scale = "" if arm["guidance_scale"] is None else f"{arm['guidance_scale']:g}"
+        table.add_row(arm["told"], scale, *shares, f"{arm['ratio']:.3f}")
     console.print(table)
     low, high = summary["prior_gain_interval"]
     for line in (

@@ -53,48 +53,56 @@ def _judge_arms(model: Unclip, folder: Path, judge: Judge, count: int) -> tuple[
     real = [real_pictures("held_out", model.image_size, which) for which in (0, 1)]
     real_right = correct(judge(np.concatenate([real[0][0], real[1][0]])), real[0][1] + real[1][1])
     first, *others = model.priors
-    # In all but the first and the last, no caption is told beside the embedding: what is compared is the embedding.
-    arms: list[tuple[str, str, str, bool]] = [
-        ("whole", f"{first} and caption", first, True),
-        ("prior", first, first, False),
-    ]
-    arms += [(name, name, name, False) for name in others]
-    arms.append(("text_embedding", "text embedding in the prior's place", TEXT_EMBEDDING, False))
+    # What the decoder is told in place of a caption is compared without one, and without guidance, which would hide most
+    # of what an embedding lacks.
+    usual = model.settings["decoder"]["guidance_scale"]
+    arms: list[tuple[str, str, str, bool, float]] = [("whole", f"{first} and caption", first, True, usual)]
+    arms += [(name, name.replace("_", " "), name, False, 1.0) for name in (first, *others)]
+    arms.append(("text_embedding", "the text's embedding", TEXT_EMBEDDING, False, 1.0))
     if model.decoder.conditional:
-        arms.append(("text_only", "caption alone", TEXT_ONLY, True))
+        arms.append(("text_only", "caption alone", TEXT_ONLY, True, usual))
     seeds, right, pictures = list(range(count)), {}, {}
     columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    drawing = {name: model.settings["decoder"][name] for name in ("num_steps", "guidance_scale", "sampler")}
+    drawing = {name: model.settings["decoder"][name] for name in ("num_steps", "sampler")}
     with (
         DrawingPool(folder, psutil.cpu_count(logical=False) or 1, model.precision) as pool,
         Progress(*columns, console=Console(stderr=True)) as bar,
     ):
         row = bar.add_task("pictures", total=count * len(arms))
-        for number, (name, _, by, told) in enumerate(arms):
+        for number, (name, _, by, told, guidance_scale) in enumerate(arms):
 
             def progress(done: float, _total: int, number: int = number) -> None:
                 bar.update(row, completed=int(number * count + done))
 
-            pictures[name] = pool.draw(captions, seeds, progress, by=by, tell_captions=told, **drawing)
+            options = {"by": by, "tell_captions": told, "guidance_scale": guidance_scale, **drawing}
+            pictures[name] = pool.draw(captions, seeds, progress, **options)
             right[name] = correct(judge(pictures[name]), wanted)
     real_all = float(real_right["all"].mean())
     rows = [
         {
             "told": title,
+            "guidance_scale": guidance_scale,
             **{part: float(right[name][part].mean()) for part in _PARTS},
             "ratio": float(right[name]["all"].mean()) / real_all,
         }
-        for name, title, _, _ in arms
+        for name, title, _, _, guidance_scale in arms
     ]
-    rows.append({"told": "(real digits)", **{part: float(real_right[part].mean()) for part in _PARTS}, "ratio": 1.0})
+    rows.append(
+        {
+            "told": "(real digits)",
+            "guidance_scale": None,
+            **{part: float(real_right[part].mean()) for part in _PARTS},
+            "ratio": 1.0,
+        }
+    )
     ratios = {name: float(right[name]["all"].mean()) / real_all for name, *_ in arms}
-    gain = right["prior"]["all"].astype(float) - right["text_embedding"]["all"]
+    gain = right[first]["all"].astype(float) - right["text_embedding"]["all"]
     half = 1.96 * float(gain.std(ddof=1)) / count**0.5
     figures = {
         "count": count,
         "consistency_real": real_all,
         "consistency_ratio": ratios["whole"],
-        "consistency_ratio_prior": ratios["prior"],
+        "consistency_ratio_prior": ratios[first],
         "consistency_ratio_ar_prior": next((ratios[name] for name in others), None),
         "consistency_ratio_text_embedding": ratios["text_embedding"],
         "consistency_ratio_text_only": ratios.get("text_only"),
@@ -177,16 +185,18 @@ def _variations(model: Unclip, judge: Judge, real_right: float, out: Path) -> di
         correct(judge(end), [asked[i] for i in order])["all"]
         for end, order in zip(ends, (np.arange(_JUDGED), others), strict=True)
     ]
+    # One of each of the first digits, so that the eye sees many.
+    rows = [next(i for i in range(_JUDGED) if asked[i].digit == digit) for digit in range(_GIVEN)]
     shown, titles = [], []
-    for number in range(_GIVEN):
+    for number in rows:
         again = model.variations(np.repeat(given[number : number + 1], _VARIATIONS, 0), list(range(_VARIATIONS)))
         shown += [given[number], *again]
         titles += [f"real: {asked[number].ink} {asked[number].digit} on {asked[number].paper}", *[""] * _VARIATIONS]
     variations = out / "variations.png"
     grid_png(np.stack(shown), titles, columns=1 + _VARIATIONS).save(variations)
     paths, titles = [], []
-    for number in range(_GIVEN):
-        one, other = given[number], given[others[number]]
+    for number, last in zip(rows, rows[3:] + rows[:3], strict=True):
+        one, other = given[number], given[last]
         paths += [one, *model.interpolate(one, other, _STEPS, seed=number), other]
         titles += ["real", *[f"{share:.2f}" for share in np.linspace(0, 1, _STEPS)], "real"]
     interpolation = out / "interpolation.png"

@@ -53,8 +53,8 @@ def _judge_arms(model: Unclip, folder: Path, judge: Judge, count: int) -> tuple[
     real = [real_pictures("held_out", model.image_size, which) for which in (0, 1)]
     real_right = correct(judge(np.concatenate([real[0][0], real[1][0]])), real[0][1] + real[1][1])
     first, *others = model.priors
-    # What the decoder is told in place of a caption is compared without one, and without guidance, which would hide most
-    # of what an embedding lacks.
+    # What the decoder is told in place of a caption is compared without one, and without guidance, which would hide
+    # most of what an embedding lacks.
     usual = model.settings["decoder"]["guidance_scale"]
     arms: list[tuple[str, str, str, bool, float]] = [("whole", f"{first} and caption", first, True, usual)]
     arms += [(name, name.replace("_", " "), name, False, 1.0) for name in (first, *others)]

@@ -8,36 +8,53 @@ from typing import Any
 import pytest
 import torch
 
+from genmodels.clip.layout import clip_sizes
 from genmodels.families import build_objective, objective_class
 from genmodels.text import tokenizer
 from genmodels.text.encoder import fetch_pretrained
 from pipelines.data.batch import RankBatch
 from pipelines.training.config import PRESETS, TrainConfig, load_config, read_preset
+from pipelines.training.embeddings import clip_reference, embedding_member
 from pipelines.training.trainer import Trainer
+from pipelines.unclip.config import load_stages
 from tests.genmodels.tiny import CAPTIONS
 from tests.pipelines.training.test_config import GIVEN
 
-DEMO_PRESETS = sorted(path.stem for path in PRESETS.glob("*_demo.yaml"))
+# Presets of `train_unclip.py` name presets of stages, and are no training themselves.
+TRAININGS = sorted(path.stem for path in PRESETS.glob("*.yaml") if "run" in read_preset(str(path)))
+OF_STAGES = sorted({path.stem for path in PRESETS.glob("*.yaml")} - set(TRAININGS))
+DEMO_PRESETS = [name for name in TRAININGS if name.endswith("_demo")]
 BATCH = 4
 
 
 def small_batches(preset: str) -> TrainConfig:
     smaller = [f"data.global_batch_size={BATCH}", "workers.count=1", "engine.kind=torch"]
-    accumulated = [] if preset == "clip_demo" else ["data.micro_batch=2"]  # its loss couples the samples of a batch
-    return load_config(preset, [*smaller, *accumulated])
+    return load_config(preset, [*smaller, "data.micro_batch=2"])
 
 
 def inputs_of(config: TrainConfig, folder: Path) -> Path:
-    """What the run would collect first, untrained: an autoencoder, a text encoder, and a tokenizer."""
+    """What the run would collect first, untrained: an autoencoder, a CLIP, a text encoder, and a tokenizer."""
     objective: Any = config.objective
+    if (named := clip_reference(objective)) is not None:
+        trained = load_config(named[1].removeprefix("preset:"), [])
+        pair: Any = build_objective(trained.objective, inputs_of(trained, folder / "for clip"))
+        size, length = trained.objective.image_size, pair.config.text_encoder.length
+        with torch.no_grad():
+            pair.finish([{"images": torch.rand(9, 3, size, size), "token_ids": torch.randint(0, 200, (9, length)),
+                          "weight": torch.ones(9)}])  # fmt: skip
+        (folder / "clip").mkdir(parents=True)
+        pair.export(folder / "clip")
+        if isinstance(getattr(objective, "clip", None), str):
+            tokenizer.save(pair.tokenizer, folder / "tokenizer")
     first = getattr(objective, "autoencoder", None)
     if first is not None:
         build_objective(load_config(first.removeprefix("preset:"), []).objective).export(folder / "autoencoder")
     text = getattr(objective, "text_encoder", None)
     if text is not None and text.kind == "pretrained":
         first = load_config(text.path.removeprefix("preset:"), [])
-        build_objective(first.objective, inputs_of(first, folder / "clip")).export(folder / "clip")
-        fetch_pretrained(str(folder / "clip"), folder)
+        (folder / "text").mkdir(parents=True)
+        build_objective(first.objective, inputs_of(first, folder / "text")).export(folder / "text")
+        fetch_pretrained(str(folder / "text"), folder)
     elif text is not None and text.kind == "trained":
         tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, text.vocab_size, text.length), folder / "tokenizer")
     return folder
@@ -55,6 +72,8 @@ def random_batch(config: TrainConfig, inputs: Path) -> RankBatch:
         "reasons": [""] * BATCH,
         "step": 0,
     }
+    if embedding_member(config.objective) is not None:
+        batch["image_embeddings"] = torch.nn.functional.normalize(torch.rand(BATCH, clip_sizes(inputs / "clip")[1]))
     if (inputs / "tokenizer").is_dir():
         batch["token_ids"] = tokenizer.encode(tokenizer.load(inputs / "tokenizer"), captions)
     return batch
@@ -125,7 +144,32 @@ def test_published_sizes(preset, published):
     assert backbone_parameters(given(preset)) == published
 
 
-@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+@pytest.mark.parametrize(
+    ("preset", "published"),
+    [
+        ("unclip_clip_l14", 428e6),  # Radford et al. 2021's ViT-L/14 as transformers counts it
+        ("unclip_prior_1b", 1e9),  # Ramesh et al. 2022, appendix C
+        ("unclip_ar_prior_1b", 1e9),
+        ("unclip_decoder_3b", 3.5e9),
+        ("unclip_upsampler_256", 700e6),
+        ("unclip_upsampler_1024", 300e6),
+    ],
+)
+def test_published_sizes_of_unclip_within_five_percent(preset, published):
+    objective = given(preset).objective
+    (network,) = objective_class(objective.kind).abstract_networks(objective).values()
+    assert sum(p.numel() for p in network.parameters()) == pytest.approx(published, rel=0.05)
+
+
+@pytest.mark.parametrize("preset", OF_STAGES)
+def test_every_preset_of_stages_is_whole(preset):
+    stages = load_stages(preset, [])
+    assert stages.config.name == preset.replace("_", "-") or preset == "unclip_paper"
+    assert set(stages.trainings) == {"clip", *stages.config.priors, "decoder", *stages.config.upsamplers}
+    assert stages.config.register_as
+
+
+@pytest.mark.parametrize("preset", TRAININGS)
 def test_every_preset_is_whole(preset):
     config = given(preset)
     assert config.run.name == preset.replace("_", "-")

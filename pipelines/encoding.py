@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import os
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import numpy as np
 
 from infra import storage
 from infra.errors import BadRequest, RunFailed, check_summary, write_summary
+from pipelines.data.actors import map_by_actors
 from pipelines.data.decode import BadImage, decode_image
 from pipelines.data.index import DatasetIndex, Location, load_index, write_index
 from pipelines.data.read import read_chunks
@@ -229,7 +229,6 @@ def _over_ray(
     """Encode shards, each by one actor; yields name, facts and how many images were bad, as they are done."""
     import psutil
     import ray
-    from ray.data import ActorPoolStrategy, DataContext
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -243,23 +242,12 @@ def _over_ray(
             raise BadRequest("--gpus: Ray has no GPU")
     count = min(count, len(shards))
     cluster.check_shared(folder, "OUT")
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
     shared = ray.put((index, folder, encoders))
     columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with DataContext.current(context), Progress(*columns, console=Console(stderr=True)) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         row = bar.add_task("samples", total=int(index.shard_samples[list(shards)].sum()))
         rows = [{"shard": shard} for shard in shards]
-        stream = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            ShardEncoder,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=count),
-            fn_constructor_args=[[shared]],  # in a list, the reference is sent and not what it stands for
-            **({"num_gpus": 1} if gpus else {"num_cpus": 1}),
-        )
+        stream = map_by_actors(rows, ShardEncoder, shared, count, gpus)
         try:
             for found in stream.iter_rows():
                 bar.advance(row, found["samples"])

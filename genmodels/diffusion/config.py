@@ -249,6 +249,13 @@ class LatentDiffusionConfig(Section):
         ge=0,
         description="deviation of noise that is the same in all of a channel: helps very dark or bright images",
     )
+    dynamic_thresholding: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="of pixels: where this share of a predicted image's values is beyond [-1, 1], all are scaled back; "
+        "0.995 in Imagen; of samplers ddpm, ddim and dpm_solver++",
+    )
     learned_variance: bool = Field(
         False, description="predict the variance of each step too, for sampler ddpm; of diffusion schedules"
     )
@@ -309,6 +316,10 @@ class LatentDiffusionConfig(Section):
             raise ValueError("edm has weights of its own: leave min_snr_gamma out")
         if self.learned_variance and (self.noise_schedule in ("flow", "edm") or self.zero_terminal_snr):
             raise ValueError("learned_variance is of diffusion schedules that do not end in pure noise")
+        if self.dynamic_thresholding is not None and (
+            self.autoencoder is not None or self.noise_schedule in ("flow", "edm")
+        ):
+            raise ValueError("dynamic_thresholding is of pixels (autoencoder: null) and of diffusion schedules")
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
                 "zero_terminal_snr needs prediction_type v_prediction or sample: pure noise tells no sample"

@@ -72,7 +72,9 @@ class DDIMSampler(DDIMScheduler):
             clean, epsilon = signal * sample - noise * model_output, signal * model_output + noise * sample
         else:
             clean, epsilon = model_output, (sample - signal * model_output) / noise
-        if self.config.clip_sample:
+        if self.config.thresholding:
+            clean = self._threshold_sample(clean)
+        elif self.config.clip_sample:
             clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
         return clean, epsilon, (signal, noise), (next_alpha_bar.sqrt(), (1 - next_alpha_bar).sqrt())
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import diffusers
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EDMEulerScheduler
+from transformers import T5EncoderModel
 
 from genmodels.diffusion import lora
 from genmodels.diffusion.config import export_layout
@@ -21,6 +22,8 @@ from genmodels.text.tokenizer import save as save_tokenizer
 def layout_of(objective: LatentDiffusion) -> str:
     """`export_layout` of its configuration, if the autoencoder is of the kind that diffusers' pipelines take."""
     autoencoder = objective.autoencoder
+    if isinstance(objective.text_encoder, T5EncoderModel):
+        return "own"
     return "own" if autoencoder is not None and not autoencoder.opens_in_pipelines else export_layout(objective.config)
 
 
@@ -64,7 +67,10 @@ def export_diffusion(objective: LatentDiffusion, folder: Path) -> None:
             raise ValueError("a conditional model exports with its text encoder and tokenizer, and one is missing")
         text_encoder.save_pretrained(folder / "text_encoder")
         save_tokenizer(objective.tokenizer, folder / "tokenizer")
-        parts |= {"text_encoder": ("transformers", "CLIPTextModel"), "tokenizer": ("transformers", "CLIPTokenizer")}
+        parts |= {
+            "text_encoder": ("transformers", type(text_encoder).__name__),
+            "tokenizer": ("transformers", type(objective.tokenizer).__name__),
+        }
 
     index: dict[str, Any] = {name: list(where) for name, where in sorted(parts.items())}
     if layout == "Stable Diffusion":

@@ -12,11 +12,11 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import CLIPTextModel
 
 from genmodels.diffusion.config import DiTConfig, UNetConfig
 from genmodels.diffusion.dit import SIZE_FEATURES, DiT
 from genmodels.diffusion.sampler import NOTHING, Condition
+from genmodels.text.encoder import TextEncoder
 from genmodels.weights import copy_weights, forward_flops
 
 _WEIGHTS = "model.safetensors"
@@ -33,7 +33,7 @@ class ConditionalDenoiser(nn.Module):
     def __init__(
         self,
         backbone: nn.Module,
-        text_encoder: CLIPTextModel | None = None,
+        text_encoder: TextEncoder | None = None,
         learned_variance: bool = False,
         image_projection: ImageProjection | None = None,
         skip_scale: float = 1.0,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer, T5EncoderModel
 
 from genmodels import random
 from genmodels.autoencoder.codec import LatentCodec
@@ -36,7 +36,7 @@ from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
-from genmodels.text.encoder import build_text_encoder, pretrained_width
+from genmodels.text.encoder import TextEncoder, build_text_encoder, open_text_encoder, pretrained_width, read_text
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 from genmodels.weights import load_into, required_folder
@@ -56,7 +56,7 @@ class LatentDiffusion(Objective):
         config: LatentDiffusionConfig,
         denoiser: ConditionalDenoiser,
         autoencoder: LatentCodec | None = None,
-        text_encoder: CLIPTextModel | None = None,
+        text_encoder: TextEncoder | None = None,
         tokenizer: CLIPTokenizer | None = None,
         clip: FrozenClip | None = None,
     ) -> None:
@@ -90,7 +90,7 @@ class LatentDiffusion(Objective):
         return self.frozen.get("autoencoder")  # type: ignore[return-value]
 
     @property
-    def text_encoder(self) -> CLIPTextModel | None:
+    def text_encoder(self) -> TextEncoder | None:
         """The frozen one."""
         return self.frozen.get("text_encoder")  # type: ignore[return-value]
 
@@ -118,7 +118,9 @@ class LatentDiffusion(Objective):
             tokenizer = load_tokenizer(required_folder(inputs, "tokenizer"))
         if isinstance(config.text_encoder, PretrainedTextEncoder):
             folder = required_folder(inputs, "text_encoder")
-            frozen_text = CLIPTextModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            frozen_text = open_text_encoder(folder)
+            if isinstance(frozen_text, T5EncoderModel) and not isinstance(config.denoiser, UNetConfig):
+                raise ValueError("a T5's padding must not be seen, which denoiser.kind unet alone takes care of")
         if config.image_embedding is not None:
             clip = FrozenClip.from_folder(required_folder(inputs, "clip"))
         denoiser = build_denoiser(config, autoencoder, frozen_text, tokenizer, clip)
@@ -216,11 +218,11 @@ class LatentDiffusion(Objective):
             told["classes"] = torch.where(dropped, len(self.config.classes), self.labels(batch))
         elif self.config.takes_text:
             token_ids = batch["token_ids"]
-            told["text"] = once(
+            told |= once(
                 batch,
                 ("text", self.text_encoder, dropout and self.config.condition_dropout),
                 (token_ids, seeds),
-                lambda: self.encode_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids)),
+                lambda: self.read_text(torch.where(dropped[:, None], self._empty(token_ids), token_ids)),
             )
         if self.config.size_conditioning:
             told["size"] = batch["sizes"]
@@ -261,7 +263,7 @@ class LatentDiffusion(Objective):
         if self.config.classes is not None:
             told["classes"] = torch.full_like(batch["seeds"], len(self.config.classes))
         elif self.config.takes_text:
-            told["text"] = self.encode_text(self._empty(batch["token_ids"]).expand_as(batch["token_ids"]))
+            told |= self.read_text(self._empty(batch["token_ids"]).expand_as(batch["token_ids"]))
         if self.config.image_condition is not None and self.config.image_condition.dropout > 0:
             _, *sides = self.denoiser.sample_shape
             channels = condition_channels(self.config.image_condition, self.factor)
@@ -292,12 +294,12 @@ class LatentDiffusion(Objective):
             found.append(known.get(caption, len(known)))
         return torch.tensor(found, device=batch["seeds"].device)
 
-    def encode_text(self, token_ids: Tensor) -> Tensor:
-        """Features of the frozen text encoder; token ids as they are where the denoiser holds the encoder."""
+    def read_text(self, token_ids: Tensor) -> dict[str, Tensor]:
+        """What the frozen text encoder makes of captions; token ids as they are where the denoiser holds its own."""
         if self.text_encoder is None:
-            return token_ids
+            return {"text": token_ids}
         with torch.no_grad():
-            return self.text_encoder(token_ids).last_hidden_state
+            return read_text(self.text_encoder, token_ids)
 
     def preview(self, batch: Batch) -> Preview:
         """Drawn from the captions of the batch, with fixed seeds, by DDIM."""
@@ -375,8 +377,8 @@ class LatentDiffusion(Objective):
     def _flops(self) -> float:
         features = None
         if self.text_encoder is not None:
-            text: Any = self.text_encoder.config
-            features = (text.max_position_embeddings, text.hidden_size)
+            assert self.tokenizer is not None
+            features = (self.tokenizer.model_max_length, self.text_encoder.config.hidden_size)
         return example_flops(
             lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer, self.clip),
             features,
@@ -395,6 +397,7 @@ class LatentDiffusion(Objective):
             flow_shift=self.config.flow_shift,
             sigma_data=self.config.sigma_data,
             learned_variance=self.config.learned_variance,
+            dynamic_thresholding=self.config.dynamic_thresholding,
         )
 
     def _positions(self, seeds: Tensor) -> Tensor:
@@ -440,7 +443,7 @@ class LatentDiffusion(Objective):
 def build_denoiser(
     config: LatentDiffusionConfig,
     autoencoder: LatentCodec | None = None,
-    frozen_text: CLIPTextModel | None = None,
+    frozen_text: TextEncoder | None = None,
     tokenizer: CLIPTokenizer | None = None,
     clip: FrozenClip | None = None,
 ) -> ConditionalDenoiser:

@@ -12,7 +12,7 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from pydantic import TypeAdapter
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 from genmodels.autoencoder.codec import LatentCodec
 from genmodels.clip.frozen import FrozenClip
@@ -23,6 +23,7 @@ from genmodels.diffusion.layout import class_names, own_index
 from genmodels.diffusion.network import ConditionalDenoiser, open_projection, told_embedding
 from genmodels.diffusion.sampler import NOTHING, Condition, Guidance, SamplerName, make_sampler, sample
 from genmodels.precision import autocast, resolve_precision
+from genmodels.text.encoder import open_text_encoder, read_text
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 
@@ -91,7 +92,7 @@ class TextToImage:
             raise ValueError(f"{folder} is no diffusion model: there is no unet/ or transformer/config.json")
         text_encoder = tokenizer = autoencoder = None
         if (folder / "tokenizer").is_dir():
-            text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", **options)
+            text_encoder = open_text_encoder(folder / "text_encoder")
             tokenizer = load_tokenizer(folder / "tokenizer")
         if (folder / "vae").is_dir():
             autoencoder = LatentCodec.from_folder(folder / "vae").to(device)
@@ -326,7 +327,7 @@ class TextToImage:
             return {"classes": torch.tensor([known[prompt] for prompt in prompts], device=self._device)}
         assert self.tokenizer is not None and self.denoiser.text_encoder is not None
         token_ids = encode(self.tokenizer, list(prompts)).to(self._device)
-        return {"text": self.denoiser.text_encoder(token_ids).last_hidden_state}
+        return read_text(self.denoiser.text_encoder, token_ids)
 
     def _denoise(self, latents: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
         with autocast(self.precision, latents.device):

@@ -60,6 +60,8 @@ EDM_SAMPLERS: dict[str, type] = {
 }
 _DRAW_NOISE = (DDPMScheduler, DDIMSampler, EulerAncestralSampler, FlowSampler, EdmSampler)
 
+_LARGEST_THRESHOLD = 1000.0  # diffusers takes the smaller of this and the share's value; no image comes near it
+
 Condition = Mapping[str, Tensor]
 """What the model is told of each sample, by kind: (batch, …) each; empty where it is told nothing."""
 Denoise = Callable[[Tensor, Tensor, Condition], Tensor]
@@ -76,6 +78,7 @@ def sampler_settings(
     flow_shift: float = 1.0,
     sigma_data: float = 1.0,
     learned_variance: bool = False,
+    dynamic_thresholding: float | None = None,
 ) -> dict[str, Any]:
     """The settings that training fixes, as diffusers names them; a model's export and our own sampling share them.
 
@@ -106,6 +109,9 @@ def sampler_settings(
         "clip_sample": clip,
         "rescale_betas_zero_snr": zero_terminal_snr,
     }
+    if dynamic_thresholding is not None:  # Saharia et al. 2022, section 2.3
+        settings |= {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": dynamic_thresholding}
+        settings |= {"sample_max_value": _LARGEST_THRESHOLD}
     return {**settings, "variance_type": "learned_range"} if learned_variance else settings
 
 

@@ -27,12 +27,15 @@ class TrainedTextEncoder(Section):
 
 
 class PretrainedTextEncoder(Section):
-    """A pretrained CLIP text model, frozen."""
+    """A pretrained CLIP text model or T5 encoder, frozen."""
 
     kind: Literal["pretrained"] = "pretrained"
     path: str = Field(
-        description="folder or hub name of a CLIPTextModel and its tokenizer (safetensors), models:/NAME of a CLIP "
-        "trained here, or preset:NAME to train that first"
+        description="folder or hub name of a CLIPTextModel or T5EncoderModel and its tokenizer (safetensors), "
+        "models:/NAME of a CLIP trained here, or preset:NAME to train that first"
+    )
+    length: int | None = Field(
+        None, ge=4, description="tokens per caption that a T5 reads, its end included; longer ones are cut [128]"
     )
     width: int = Field(768, gt=0, description="its features per token, for estimates while it is not at hand")
 

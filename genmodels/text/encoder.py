@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+import torch
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from genmodels.text.tokenizer import load as load_tokenizer
@@ -42,13 +45,45 @@ def build_text_encoder(config: TrainedTextEncoder, tokenizer: CLIPTokenizer | No
     )
 
 
-def fetch_pretrained(path: str, folder: Path) -> None:
+TextEncoder: TypeAlias = "CLIPTextModel | T5EncoderModel"
+T5_LENGTH = 128  # tokens per caption (Saharia et al., "Photorealistic Text-to-Image Diffusion Models …", 2022)
+
+
+def open_text_encoder(folder: Path) -> TextEncoder:
+    """The text encoder of a folder, of either kind. Raises OSError where there is none."""
+    source: Any = T5EncoderModel if _is_t5(folder) else CLIPTextModel
+    return source.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+
+
+def read_text(encoder: TextEncoder, token_ids: Tensor) -> dict[str, Tensor]:
+    """What a frozen encoder makes of captions, int64 (batch, length): "text", features of each token (batch, length,
+    width), and for a T5 "text_mask", bool (batch, length): a CLIP reads its own padding, and a T5 must not."""
+    if not isinstance(encoder, T5EncoderModel):
+        return {"text": encoder(token_ids).last_hidden_state}
+    mask = token_ids != encoder.config.pad_token_id
+    return {"text": encoder(input_ids=token_ids, attention_mask=mask).last_hidden_state, "text_mask": mask}
+
+
+def _is_t5(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text()).get("model_type") == "t5"
+
+
+def fetch_pretrained(path: str, folder: Path, length: int | None = None) -> None:
     """Copy a pretrained text encoder and its tokenizer to `folder/text_encoder` and `folder/tokenizer`.
 
     Args:
         path: hub name, or a local folder: of a text model with its tokenizer, or a Stable Diffusion export.
         folder: where the copies go; weights are read and written as safetensors only.
+        length: tokens per caption of a T5 [T5_LENGTH].
     """
+    from transformers import AutoConfig
+
+    if not (Path(path) / "text_encoder").is_dir() and AutoConfig.from_pretrained(path).model_type == "t5":
+        encoder: Any = T5EncoderModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
+        encoder.save_pretrained(folder / "text_encoder")
+        words = T5Tokenizer.from_pretrained(path, model_max_length=length or T5_LENGTH)
+        save_tokenizer(words, folder / "tokenizer")
+        return
     parts = (Path(path) / "text_encoder").is_dir()
     encoder_source, tokenizer_source = (f"{path}/text_encoder", f"{path}/tokenizer") if parts else (path, path)
     CLIPTextModel.from_pretrained(encoder_source, use_safetensors=True).save_pretrained(folder / "text_encoder")
@@ -65,4 +100,5 @@ def pretrained_width(config: PretrainedTextEncoder) -> int:
     if not file.is_file():
         return config.width
     content = json.loads(file.read_text())
-    return int(content.get("text_config", content)["hidden_size"])
+    own = content.get("text_config", content)
+    return int(own["d_model"] if content.get("model_type") == "t5" else own["hidden_size"])

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, trainers
 from torch import Tensor
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5Tokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 SUFFIX = "</w>"
@@ -67,14 +68,17 @@ def save(tokenizer: CLIPTokenizer, folder: Path) -> None:
 
 
 def load(folder: Path) -> CLIPTokenizer:
-    """Read a tokenizer from a local folder.
+    """Read a tokenizer from a local folder: a CLIP's, or a T5's.
 
     Raises:
         ValueError: there is no tokenizer in the folder.
     """
     if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ValueError(f"{folder} holds no tokenizer (no tokenizer.json there)")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    settings = folder / "tokenizer_config.json"
+    named = json.loads(settings.read_text()).get("tokenizer_class", "") if settings.is_file() else ""
+    source: Any = T5Tokenizer if named.startswith("T5") else CLIPTokenizer
+    return source.from_pretrained(folder, local_files_only=True)
 
 
 def encode(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:

@@ -7,10 +7,7 @@ depend on the number of actors.
 from __future__ import annotations
 
 import io
-import logging
-import os
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +18,7 @@ import numpy as np
 from genmodels.features.extractor import FeatureExtractor
 from genmodels.features.resize import resize
 from infra.errors import BadRequest
+from pipelines.data.actors import map_by_actors
 from pipelines.evaluation.sources import Block, Source
 from pipelines.evaluation.store import FeatureStore, StoreWriter
 
@@ -68,7 +66,7 @@ def measure(
     ]
     writers = {name: StoreWriter(folders[name], source.count) for name, source in sources.items()}
     shared = ray.put((dict(sources), extractors))
-    stream = _dataset(rows, shared, actors, use_gpu)
+    stream = map_by_actors(rows, _Measurer, shared, actors, use_gpu)
     unused: dict[str, list[str]] = {name: [] for name in sources}
     told = {name: dict(facts[name]) for name in sources}
     try:
@@ -102,31 +100,6 @@ def _check_unused(name: str, reasons: list[str], count: int) -> None:
     if len(reasons) > max(3, _MOST_UNUSED * count):
         raise BadRequest(what)
     print(f"note: {what}", file=sys.stderr, flush=True)
-
-
-def _dataset(rows: list[dict[str, Any]], shared: Any, actors: int, use_gpu: bool) -> Any:
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext, ExecutionOptions
-
-    context = DataContext.get_current().copy()
-    context.execution_options = ExecutionOptions(preserve_order=True, verbose_progress=False)
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.raise_original_map_exception = True  # not that some function failed, but how
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # what matters is raised
-    # On a cluster, an actor whose node was lost is started anew. On this machine alone it would meet what
-    # ended it again, and for actors that restart Ray prints a warning of losing their arguments.
-    once = None if os.environ.get("RAY_ADDRESS") else (lambda: {"max_restarts": 0, "max_task_retries": 0})
-    with DataContext.current(context), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of `ray_remote_args_fn`, from Ray 2.64 on
-        return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
-            _Measurer,
-            batch_size=1,
-            compute=ActorPoolStrategy(size=actors),
-            fn_constructor_args=[[shared]],  # in a list, the reference is sent and not what it stands for
-            ray_remote_args_fn=once,
-            **({"num_gpus": 1} if use_gpu else {"num_cpus": 1}),
-        )
 
 
 class _Measurer:

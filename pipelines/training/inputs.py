@@ -85,7 +85,7 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
         if text.path.startswith(("models:", "preset:")):
             models[key] = text.path
         else:
-            _fetch(key, text.path, text.path, target, "text_encoder")
+            _fetch(key, text.path, text.path, target, "text_encoder", text.length)
     elif isinstance(text, TrainedTextEncoder):
         started_from = local / "init" / name / "tokenizer"
         if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
@@ -152,7 +152,7 @@ def parents(folder: RunFolder) -> dict[str, str]:
     return {f"parent.{key}": f"{source['reference']} {source['digest']}" for key, source in sources.items()}
 
 
-def _fetch(key: str, reference: str, source: str, local: Path, part: str) -> None:
+def _fetch(key: str, reference: str, source: str, local: Path, part: str, length: int | None = None) -> None:
     """Copy a text encoder with its tokenizer, or a CLIP, of transformers. Raises BadRequest where there is none."""
     try:
         if part == "clip":
@@ -162,7 +162,7 @@ def _fetch(key: str, reference: str, source: str, local: Path, part: str) -> Non
         else:
             from genmodels.text.encoder import fetch_pretrained
 
-            fetch_pretrained(source, local)
+            fetch_pretrained(source, local, length)
     except (OSError, ValueError) as error:
         message = " ".join(str(error).split())[:300]
         raise BadRequest(f"{key}={reference}: {message}") from None

@@ -180,8 +180,8 @@ def _resolve_all(models: dict[str, str], config: TrainConfig) -> Iterator[tuple[
     keys: dict[str, str] = {}
     for key, reference in models.items():
         keys.setdefault(reference, key)
-    parts = {text: text.removeprefix("preset:").partition("/") for text in keys if text.startswith("preset:")}
-    presets = {name: load_config(name, assignments) for name, _, _ in parts.values()}
+    parts = {text: _preset_and_member(text) for text in keys if text.startswith("preset:")}
+    presets = {name: load_config(name, assignments) for name, _ in parts.values()}
     # The trainings share the Ray that the first one starts, so it has to be large enough for each.
     room = max(local_cpus(each) for each in [config, *presets.values()])
     for text, key in keys.items():
@@ -191,9 +191,22 @@ def _resolve_all(models: dict[str, str], config: TrainConfig) -> Iterator[tuple[
         from pipelines.training.launch import train
 
         export = train(load_config(name, [*assignments, f"workers.local_cpus={room}"]))["export"]
-        for text, (wanted, _, member) in parts.items():
+        for text, (wanted, member) in parts.items():
             if wanted == name:
                 yield text, _resolve(keys[text], storage.join(export, member) if member else export, config)
+
+
+def _preset_and_member(text: str) -> tuple[str, str]:
+    """What "preset:NAME" or "preset:NAME/MEMBER" says; a name may be a file's, which holds slashes itself.
+
+    >>> _preset_and_member("preset:autoencoder_variants/kl"), _preset_and_member("preset:/a/b.yaml/kl")
+    (('autoencoder_variants', 'kl'), ('/a/b.yaml', 'kl'))
+    """
+    name, suffix, member = text.removeprefix("preset:").partition(".yaml")
+    if suffix:
+        return name + suffix, member.lstrip("/")
+    name, _, member = name.partition("/")
+    return name, member
 
 
 def _resolve(key: str, reference: str, config: TrainConfig) -> Path:

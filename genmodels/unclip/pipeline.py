@@ -211,7 +211,7 @@ class Unclip:
     def interpolate(self, one: np.ndarray, other: np.ndarray, count: int, seed: int, **options: Any) -> np.ndarray:
         """`count` pictures from `one` to `other`, uint8 (height, width, 3) each, along the arc between their
         embeddings, all from the same noise: uint8 (count, height, width, 3)."""
-        first, last = self.embed_pictures(np.stack([one, other]), 2)
+        first, last = (self.embed_pictures(picture[None], 1)[0] for picture in (one, other))
         shares = torch.linspace(0, 1, count, device=first.device)
         path = slerp(first.expand(count, -1), last.expand(count, -1), shares)
         return self.decode(path, [""] * count, [seed] * count, **options)

@@ -27,7 +27,7 @@ from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
 from pipelines.training.cluster import local_cpus
 from pipelines.training.config import TrainConfig, load_config
-from pipelines.training.embeddings import clip_reference, complete_clip, sample_arrays
+from pipelines.training.embeddings import check_encoders, clip_reference, complete_clip, sample_arrays
 from pipelines.training.export import find_export, resolve_reference
 from pipelines.training.run_folder import RunFolder, root_of
 
@@ -62,6 +62,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
                 _place(key, reference, source, local / _member_named(key))
         for name, member in members.items():
             complete_clip(member, config, index, local / name)
+        check_encoders(config, local)
         _share_tokenizer(local, list(members))
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):

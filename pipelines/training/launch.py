@@ -25,7 +25,6 @@ from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, flatten
-from pipelines.training.embeddings import check_encoders
 from pipelines.training.export import export_run, initial_objective, to_publish
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
@@ -64,7 +63,6 @@ def train(config: TrainConfig, lines: bool = False, parent_run: str | None = Non
         complete = newest is not None and _is_complete(newest, config)
         prepare_inputs(config, folder, index)
         if not complete:
-            check_encoders(config, local_inputs(folder))
             _check_objective(config, folder)
         run_id = _open_tracking(config, folder, uri, index, parent_run)
         try:

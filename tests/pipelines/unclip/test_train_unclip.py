@@ -78,7 +78,7 @@ def stages_preset(shards: str, run_root: Path, tmp_path_factory: pytest.TempPath
         "register_as": "tiny-unclip",
     }
     path = folder / "unclip.yaml"
-    path.write_text(yaml.safe_dump(tree))
+    path.write_text(yaml.safe_dump(tree, sort_keys=False))
     return str(path)
 
 

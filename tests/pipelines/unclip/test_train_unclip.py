@@ -180,14 +180,14 @@ def test_every_stage_and_the_whole_draw_from_the_registry(
             draw(*wrong)
 
 
-def test_stages_that_do_not_fit_are_refused_before_anything_starts(stages_preset: str, trained: dict[str, Any]) -> None:
+def test_stages_that_do_not_fit_are_refused_before_anything_starts(stages_preset: str) -> None:
     tree = yaml.safe_load(Path(stages_preset).read_text())
     for overrides, match in (
         (["decoder.objective.image_size=16"], "upsampler: makes 16 pixels of 8, and decoder draws 16"),
         (["decoder.objective.image_embedding=null"], "decoder: is told no image embeddings"),
         (["prior.objective.clip=models:/other"], "the stages name different CLIPs: prior: models:/other"),
         (["prior.objective.layers=none"], "prior: objective"),
-        (["decoder.rum.steps=3"], "decoder: rum"),
+        (["decoder.rum.steps=3"], "decoder: unknown key rum"),
         (["priors={}"], "priors"),
         (["drawing.priors.best.num_steps=3"], "drawing.priors: there is no best"),
         ([f"decoder={tree['clip']}"], "decoder: trains objective.kind=clip"),

@@ -78,7 +78,7 @@ def encode_shards(arguments: argparse.Namespace) -> dict[str, Any]:
         raise BadRequest("name --clip MODEL, --autoencoder MODEL or both: there is nothing to encode with")
     if arguments.autoencoder and not arguments.image_size:
         raise BadRequest("--autoencoder needs --image-size: the size of the images that it sees, in pixels")
-    if arguments.batch_size < 1 or (arguments.actors or 1) < 1:
+    if arguments.batch_size < 1 or (arguments.actors is not None and arguments.actors < 1):
         raise BadRequest("--batch-size and --actors must be 1 or more")
     check_summary(arguments.summary)
     encoders = Encoders(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from genmodels.clip.frozen import FrozenClip
 
 CLIP_MEMBER, LATENT_MEMBER = "clip.npy", "latent.npy"
-_REQUEST = "encoding.json"  # in the new folder from the start: what is being written there
+REQUEST = "encoding.json"  # in the new folder from the start: what is being written there
 _MOST_BAD = 0.01  # of the samples of a dataset whose image cannot be used
 
 
@@ -131,9 +131,10 @@ def encode(
         "half": encoders.half,
     }
     _begin(folder, json.loads(json.dumps(request)), overwrite)
-    done = {name: facts for name in index.names if (facts := _written(folder, name, index.chunk_samples)) is not None}
+    written_before = {name: _written(folder, name, index.chunk_samples) for name in index.names}
+    done = {name: scan.facts for name, scan in written_before.items() if scan is not None}
+    bad = sum(len(scan.flaws) for scan in written_before.values() if scan is not None)
     missing = [shard for shard, name in enumerate(index.names) if name not in done]
-    bad = 0
     if missing:
         for name, facts, unusable in _over_ray(index, folder, encoders, missing, actors, gpus):
             done[name], bad = facts, bad + unusable
@@ -197,7 +198,7 @@ def _absolute(url: str) -> str:
 
 def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
     """Say in the folder what is being written there. Raises BadRequest where it holds something else."""
-    path = storage.join(folder, _REQUEST)
+    path = storage.join(folder, REQUEST)
     storage.check_access(folder, write=True)
     if storage.exists(path):
         known = json.loads(storage.read_bytes(path))
@@ -208,19 +209,20 @@ def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
             raise BadRequest(
                 f"{folder} holds shards of another request (other {different}): name another, or --overwrite"
             )
-    elif not overwrite and storage.exists(storage.join(folder, "index.json")):
-        raise BadRequest(f"{folder} holds other shards: name another folder, or --overwrite")
     filesystem, local = storage.open_filesystem(folder)
+    others = [name for pattern in ("*.tar", "index*.json") for name in filesystem.glob(f"{local}/{pattern}")]
+    if others and not overwrite and not storage.exists(path):
+        raise BadRequest(f"{folder} holds other shards: name another folder, or --overwrite")
     for pattern in ("index*.json", "*.tar.index*.json", "*.tar", ENCODERS):
         for name in filesystem.glob(f"{local}/{pattern}"):
             filesystem.rm_file(name)
     storage.write_bytes(path, json.dumps(request, indent=2).encode())
 
 
-def _written(folder: str, name: str, chunk_samples: int) -> ShardFacts | None:
+def _written(folder: str, name: str, chunk_samples: int) -> ShardScan | None:
     """A shard that is complete: its sidecar is written last."""
     path = storage.join(folder, sidecar_name(name, chunk_samples))
-    return ShardScan.from_json(storage.read_bytes(path)).facts if storage.exists(path) else None
+    return ShardScan.from_json(storage.read_bytes(path)) if storage.exists(path) else None
 
 
 def _over_ray(
@@ -291,14 +293,17 @@ def encode_shard(
         for first in range(0, len(members), encoders.batch_size):
             arrays = _arrays(members[first : first + encoders.batch_size], encoders, device)
             for place, made in enumerate(arrays, first):
-                sample = read.samples[place]
+                sample, key = read.samples[place], read.samples[place].key
                 if sample.flaw or made is None:
                     bad += 1
+                    buffer.flaw(sample.flaw or "image: could not be used when the shard was encoded")
                     made = {}
+                    if sample.flaw:  # perhaps a key that comes twice
+                        key = f"{key}-unused-{chunk}-{place}"
                 kept = {suffix: members[place][suffix] for suffix in encoders.keep if suffix in members[place]}
                 if not {**kept, **made}:
                     kept = {"json": b"{}"}  # a sample without members would have no slot
-                buffer.add(sample.key, {**kept, **made})
+                buffer.add(key, {**kept, **made})
     return name, buffer.write(folder, name, index.chunk_samples), bad
 
 

@@ -358,7 +358,11 @@ class LatentDiffusion(Objective):
         if self.denoiser.text_encoder is not None:
             load_into(self.denoiser.text_encoder, folder / "text_encoder")
         if self.denoiser.image_projection is not None:
-            load_projection(self.denoiser.image_projection, folder / "image_projection")
+            projection = self.denoiser.image_projection
+            own = projection.mean.clone(), projection.deviation.clone()  # of this run's CLIP
+            load_projection(projection, folder / "image_projection")
+            projection.mean.copy_(own[0])
+            projection.deviation.copy_(own[1])
 
     def plain_backbone(self) -> Any:
         """The U-Net or transformer as others know it: adapters, if any, are added to the weights."""

@@ -88,14 +88,16 @@ class AutoregressivePriorNetwork(nn.Module):
 
     def quantise(self, embeddings: Tensor) -> Tensor:
         """Codes, int64 (batch, components), of embeddings (batch, embedding_dim)."""
-        scores = (embeddings - self.mean) @ self.basis / self.deviation
+        with torch.autocast(embeddings.device.type, enabled=False):  # half precision would move codes by buckets
+            scores = (embeddings.float() - self.mean.float()) @ self.basis.float() / self.deviation
         buckets = self.config.buckets
         return ((scores + _RANGE) / (2 * _RANGE) * buckets).long().clamp(0, buckets - 1)
 
     def embed(self, codes: Tensor) -> Tensor:
         """Unit vectors of codes: the middles of their buckets."""
         scores = ((codes + 0.5) / self.config.buckets * 2 - 1) * _RANGE
-        return normalize((scores * self.deviation) @ self.basis.T + self.mean, dim=1)
+        with torch.autocast(scores.device.type, enabled=False):
+            return normalize((scores * self.deviation).float() @ self.basis.float().T + self.mean.float(), dim=1)
 
     def quantise_dots(self, dots: Tensor) -> Tensor:
         """Buckets of equal shares, int64 (batch,), of dot products (batch,); the highest agree most."""
@@ -167,7 +169,10 @@ class AutoregressivePrior(Prior):
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where it is none, or has other shapes."""
+        own = {name: buffer.clone() for name, buffer in self.prior.named_buffers()}  # of this run's CLIP
         copy_weights(open_prior(folder / "prior").state_dict(), self.prior, folder)
+        for name, buffer in self.prior.named_buffers():
+            buffer.copy_(own[name])
 
     def flops_per_sample(self) -> float:
         """Of the prior's forward pass; the CLIP is not counted."""

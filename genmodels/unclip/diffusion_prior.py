@@ -97,7 +97,10 @@ class DiffusionPrior(Prior):
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where it is none, or has other shapes."""
+        own = {name: buffer.clone() for name, buffer in self.prior.named_buffers()}  # of this run's CLIP
         load_into(self.prior, folder / "prior")
+        for name, buffer in self.prior.named_buffers():
+            buffer.copy_(own[name])
 
     def flops_per_sample(self) -> float:
         """Of the prior's forward pass; the CLIP is not counted."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodels.clip.frozen import FrozenClip
-from genmodels.diffusion.layout import own_index
+from genmodels.diffusion.layout import own_index, takes_prompts
 from genmodels.unclip.layout import FACTS, INDEX, PartsDoNotFit, check_same_clip
 
 DRAWING: dict[str, Any] = {
@@ -33,8 +33,9 @@ def join(
 
     Args:
         folder: new; what `Unclip.from_folder` opens.
-        priors: by name, the first is drawn with where none is named.
-        decoder: a diffusion model that is told image embeddings.
+        priors: by name, the first is drawn with where none is named; none for a cascade that reads captions alone, as
+            Imagen's (Saharia et al. 2022).
+        decoder: a diffusion model that is told image embeddings, or that reads captions where there is no prior.
         upsamplers: by name, from small to large.
         drawing: what differs from DRAWING: "priors" by name, "decoder", and "upsamplers" by name.
 
@@ -44,23 +45,12 @@ def join(
     """
     told = {"priors": {}, "decoder": {}, "upsamplers": {}, **(drawing or {})}
     kinds, clips = {}, {}
-    if not priors:
-        raise ValueError("unCLIP needs a prior, and none is given")
     for name, source in priors.items():
         if not (source / FACTS).is_file():
             raise ValueError(f"{name}: {source} is no prior (no {FACTS} there)")
         facts = json.loads((source / FACTS).read_text())
         kinds[name], clips[name] = facts["kind"], facts["clip"]
-    index = own_index(decoder)
-    if "image_embedding" not in index:
-        raise ValueError(f"decoder: {decoder} is told no image embeddings (train it with objective.image_embedding)")
-    clips["decoder"] = index["image_embedding"]["clip"]
-    check_same_clip(clips)
-    own = FrozenClip.from_folder(decoder / "clip").describe()
-    if own != clips["decoder"]:
-        raise PartsDoNotFit(
-            f"decoder: the CLIP in {decoder} has digest {own['digest']}, and {clips['decoder']} is meant"
-        )
+    own = _clip_of(decoder, clips)
     size = _check_sizes(decoder, upsamplers)
     content = {
         "priors": kinds,
@@ -74,7 +64,8 @@ def join(
         },
     }
     folder.mkdir(parents=True)
-    shutil.copytree(decoder / "clip", folder / "clip")
+    if own is not None:
+        shutil.copytree(decoder / "clip", folder / "clip")
     for name, source in priors.items():
         shutil.copytree(source / "prior", folder / name)
     shutil.copytree(decoder, folder / "decoder", ignore=_but_the_clip(decoder))
@@ -82,6 +73,26 @@ def join(
         shutil.copytree(source, folder / name)
     (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
     return content
+
+
+def _clip_of(decoder: Path, clips: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """What the decoder's CLIP says of itself, which is that of all priors; None of a cascade that has neither."""
+    told = own_index(decoder).get("image_embedding")
+    if told is None and clips:
+        raise ValueError(f"decoder: {decoder} is told no image embeddings (train it with objective.image_embedding)")
+    if told is not None and not clips:
+        raise ValueError(f"decoder: {decoder} is told image embeddings, so it needs a prior, and none is given")
+    if told is None:
+        if not takes_prompts(decoder):
+            raise ValueError(f"decoder: {decoder} reads no captions, and there is no prior that does")
+        return None
+    check_same_clip({**clips, "decoder": told["clip"]})
+    own = FrozenClip.from_folder(decoder / "clip").describe()
+    if own != told["clip"]:
+        raise PartsDoNotFit(
+            f"decoder: the CLIP in {decoder} has digest {own['digest']}, and {told['clip']['digest']} is meant"
+        )
+    return own
 
 
 def _check_sizes(decoder: Path, upsamplers: Mapping[str, Path]) -> int:

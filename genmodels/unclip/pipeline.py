@@ -31,7 +31,9 @@ ablations of the paper's section 5.1."""
 
 
 class Unclip:
-    """All stages; a picture depends on its prompt and seed, not on the batch it was drawn in.
+    """All stages of unCLIP, or of a cascade that reads captions alone, as Imagen's.
+
+    A picture depends on its prompt and seed, not on the batch it was drawn in.
 
     Example:
         >>> model = Unclip.from_folder(Path("export"))  # doctest: +SKIP
@@ -44,26 +46,34 @@ class Unclip:
 
     def __init__(
         self,
-        clip: FrozenClip,
+        clip: FrozenClip | None,
         priors: Mapping[str, Any],
         decoder: TextToImage,
         upsamplers: Sequence[TextToImage],
         settings: dict[str, Any],
     ) -> None:
-        """Args: `priors` (see `open_prior`) by name, the first is used where none is named; `settings`: the index's
-        `drawing`."""
-        self.clip, self.priors, self.decoder, self.upsamplers = clip, dict(priors), decoder, list(upsamplers)
+        """Args: `priors` (see `open_prior`) by name, the first is used where none is named; a cascade has none, and no
+        `clip`; `settings`: the index's `drawing`."""
+        self._clip = clip
+        self.priors, self.decoder, self.upsamplers = dict(priors), decoder, list(upsamplers)
         self.settings = settings
 
     @staticmethod
     def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> Unclip:
         """Open what `join` wrote. Raises ValueError where a part is missing."""
         index = read_index(folder)
-        clip = FrozenClip.from_folder(folder / "clip").to(device)
+        clip = None if index["clip"] is None else FrozenClip.from_folder(folder / "clip").to(device)
         priors = {name: open_prior(folder / name, kind, device) for name, kind in index["priors"].items()}
         decoder = TextToImage.from_folder(folder / "decoder", device, precision, clip)
         upsamplers = [TextToImage.from_folder(folder / name, device, precision) for name in index["upsamplers"]]
         return Unclip(clip, priors, decoder, upsamplers, index["drawing"])
+
+    @property
+    def clip(self) -> FrozenClip:
+        """Whose embeddings stand between prior and decoder. Raises ValueError where captions alone are read."""
+        if self._clip is None:
+            raise ValueError("this model reads captions alone: it has no CLIP, and so no embeddings of pictures")
+        return self._clip
 
     @property
     def image_size(self) -> int:
@@ -113,7 +123,10 @@ class Unclip:
         texts = list(prompts or ())
         if len(texts) != len(seeds):
             raise ValueError(f"needs one prompt per seed: {len(texts)} for {len(seeds)} seeds")
-        self.clip.check_length([*texts, *(negative_prompts or ())])
+        if self._clip is None:
+            by = by or TEXT_ONLY
+        else:
+            self._clip.check_length([*texts, *(negative_prompts or ())])
         if by == TEXT_ONLY and not self.decoder.conditional:
             raise ValueError("this decoder reads no text: it can be told embeddings alone")
         embeddings = None

@@ -19,6 +19,11 @@ class ShardBuffer:
     def __init__(self) -> None:
         self._buffer, self.samples = io.BytesIO(), 0
         self._keys: set[str] = set()
+        self._flaws: dict[str, str] = {}
+
+    def flaw(self, reason: str) -> None:
+        """Say of the sample that is added next that it cannot be used: it is quarantined, and keeps its slot."""
+        self._flaws[str(self.samples)] = reason
 
     def add(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add a sample: suffix to bytes. The key may hold slashes, but no dot in its last part."""
@@ -40,6 +45,7 @@ class ShardBuffer:
         self._buffer.write(b"\0" * 1024)
         self._buffer.seek(0)
         scan = scan_file(self._buffer, chunk_samples)
+        scan.flaws |= self._flaws
         write_bytes(f"{folder}/{name}", self._buffer.getvalue())
         write_bytes(f"{folder}/{sidecar_name(name, chunk_samples)}", scan.to_json())
         return scan.facts

@@ -83,7 +83,7 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
     models: dict[str, str] = {}
     if isinstance(text, PretrainedTextEncoder):
         key = f"{section}.text_encoder.path"
-        if text.path.startswith(("models:", "preset:")):
+        if text.path.startswith(("models:", "preset:")) or find_export(text.path, root_of(config)) is not None:
             models[key] = text.path
         else:
             _fetch(key, text.path, text.path, target, "text_encoder", text.length)

@@ -55,11 +55,11 @@ class DrawingConfig(Section):
 
 
 class UnclipConfig(Section):
-    """All stages: CLIP, priors, decoder, upsamplers."""
+    """All stages: CLIP, priors, decoder, upsamplers; without CLIP and priors a cascade that reads captions alone."""
 
     name: str = Field(description="names the folder of the joined model, and the MLflow run of all stages")
-    clip: str = Field(description="preset of the CLIP")
-    priors: dict[str, str] = Field(min_length=1, description="presets of the priors by name; the first is drawn with")
+    clip: str | None = Field(None, description="preset of the CLIP; null: none, as in Imagen's cascade")
+    priors: dict[str, str] = Field({}, description="presets of the priors by name; the first is drawn with")
     decoder: str = Field(description="preset of the decoder")
     upsamplers: dict[str, str] = Field({}, description="presets of the upsamplers by name, from small to large")
     keep: list[str] = Field(["txt", "json"], description="members that the shards with embeddings keep")
@@ -78,6 +78,8 @@ class UnclipConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_different(self) -> UnclipConfig:
+        if (self.clip is None) != (not self.priors):
+            raise ValueError("clip and priors go together: name both, or none for a cascade that reads captions alone")
         names = [*_TAKEN, *self.priors, *self.upsamplers]
         for name in {*self.priors, *self.upsamplers}:
             if names.count(name) > 1 or not re.fullmatch(r"[a-z]\w*", name):
@@ -90,7 +92,8 @@ class UnclipConfig(Section):
     @property
     def stages(self) -> dict[str, str]:
         """Presets of all stages by name, in the order of training."""
-        return {"clip": self.clip, **self.priors, "decoder": self.decoder, **self.upsamplers}
+        first = {} if self.clip is None else {"clip": self.clip}
+        return {**first, **self.priors, "decoder": self.decoder, **self.upsamplers}
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def load_stages(preset: str, assignments: list[str]) -> Stages:
             trainings[name] = load_config(wanted, [*shared, *of_stages[name]])
         except BadRequest as error:
             raise BadRequest(f"{name}: {error}") from None
-    if of_stages["clip"] or config.root is not None:
+    if config.clip is not None and (of_stages["clip"] or config.root is not None):
         trainings = _with_this_clip(trainings, config.clip)
     check_stages(config, trainings)
     return Stages(config, trainings)
@@ -158,10 +161,15 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
             raise BadRequest(
                 f"{name}: trains objective.kind={training.objective.kind}, and should {' or '.join(allowed)}"
             )
-    if getattr(decoder, "image_embedding", None) is None:
+    embedding = getattr(decoder, "image_embedding", None)
+    if embedding is None and config.priors:
         raise BadRequest("decoder: is told no image embeddings: set decoder.objective.image_embedding.clip")
+    if embedding is not None and not config.priors:
+        raise BadRequest("decoder: is told image embeddings, and there is no prior: name clip and priors")
+    if not config.priors and not getattr(decoder, "takes_text", False):
+        raise BadRequest("decoder: reads no captions, and there is no prior that does: set objective.text_encoder")
     references: dict[str, str] = {}
-    for name in (*config.priors, "decoder"):
+    for name in (*config.priors, "decoder") if config.priors else ():
         found = clip_reference(trainings[name].objective)
         assert found is not None
         references[name] = found[1]

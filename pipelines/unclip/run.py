@@ -15,8 +15,11 @@ from typing import Any
 
 import yaml
 
+from genmodels.unclip.layout import INDEX
 from infra import storage, tracking
 from infra.errors import BadRequest
+from pipelines.data.index import load_index
+from pipelines.encoding import REQUEST, Encoders, encode, open_clip
 from pipelines.training.config import TrainConfig, flatten
 from pipelines.training.embeddings import embedding_member
 from pipelines.training.launch import draw_demo, git_commit, train
@@ -44,9 +47,10 @@ def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, An
         RunFailed: a training failed.
     """
     began, config = time.time(), stages.config
-    root = root_of(stages.trainings["clip"])
+    first = next(iter(stages.trainings.values()))
+    root = root_of(first)
     storage.check_access(root, write=True)
-    uri = tracking.check_tracking(stages.trainings["clip"].tracking.uri)
+    uri = tracking.check_tracking(first.tracking.uri)
     folder = RunFolder(storage.join(root, config.name))
     if storage.exists(folder.path("checkpoints")):
         raise BadRequest(f"{folder.url} is the folder of a training: give all stages another name=")
@@ -54,6 +58,7 @@ def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, An
         run_id = _open_tracking(config, folder, uri)
         try:
             done: dict[str, dict[str, Any]] = {}
+            encoded: list[dict[str, Any]] = []
             for name, training in stages.trainings.items():
                 draw_demo(training)
                 done[name] = train_stage(name, training, run_id)
@@ -70,8 +75,6 @@ def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, An
 
 def encode_for(stages: Stages, clip: dict[str, Any]) -> list[dict[str, Any]]:
     """Write the shards with embeddings that stages read, of the shards that the CLIP was trained on."""
-    from pipelines.encoding import Encoders, encode, open_clip
-
     trainings, source = stages.trainings, stages.trainings["clip"].data
     wanted: dict[str, str] = {}  # new shards: of which
     for training in trainings.values():
@@ -83,13 +86,18 @@ def encode_for(stages: Stages, clip: dict[str, Any]) -> list[dict[str, Any]]:
     if not wanted:
         return []
     encoders = Encoders(open_clip(clip["export"]), None, 0, tuple(stages.config.keep))
-    # What another CLIP made of these shards belongs to nobody any more.
-    return [encode(old, new, encoders, overwrite=_is_encoded(new)) for new, old in wanted.items()]
+    return [encode(old, new, encoders, overwrite=_made_of(new, old, encoders)) for new, old in wanted.items()]
 
 
-def _is_encoded(url: str) -> bool:
-    """Whether a folder holds shards that were written by `encode`, and not data of its own."""
-    return storage.exists(storage.join(url, "encoding.json"))
+def _made_of(new: str, old: str, encoders: Encoders) -> bool:
+    """Whether a folder holds what another CLIP made of the same shards in the same way: nobody needs it any more."""
+    path = storage.join(new, REQUEST)
+    if not storage.exists(path):
+        return False
+    known = json.loads(storage.read_bytes(path))
+    index = load_index(old, storage.join(str(storage.run_root()), "index"))
+    same_way = known.get("keep") == list(encoders.keep) and not known.get("half")
+    return bool(known.get("of") == index.digest and same_way and known["encoders"].keys() == encoders.describe().keys())
 
 
 def _open_tracking(config: UnclipConfig, folder: RunFolder, uri: str) -> str:
@@ -126,9 +134,13 @@ def _publish(
         except ValueError as error:
             raise BadRequest(f"the stages do not fit one another: {error}") from None
         export = folder.path("export", folder_digest(local)[:16])
-        if not storage.exists(storage.join(export, "unclip.json")):
+        if not storage.exists(storage.join(export, INDEX)):
+            content = (local / INDEX).read_bytes()
+            (local / INDEX).unlink()
             storage.upload_folder(local, export)
-    samples = done["clip"]["samples"]
+            storage.write_bytes(storage.join(export, INDEX), content)  # last: it says that all is there
+    first = next(iter(done))  # the CLIP, or of a cascade the decoder
+    samples = done[first]["samples"]
     summary = {
         "name": config.name,
         "folder": folder.url,
@@ -138,15 +150,15 @@ def _publish(
         "model_uri": None,
         "clip": index["clip"],
         "samples": samples,
-        "index_digest": done["clip"]["index_digest"],
+        "index_digest": done[first]["index_digest"],
     }
     if config.register_as is not None:
         facts = {
-            "description": "unCLIP: a prior, a decoder and upsamplers draw pictures from sentences.",
+            "description": "A cascade: its stages draw pictures from sentences.",
             "layout": "own",
             "parts": ", ".join(done),
             "data": {
-                "url": stages.trainings["clip"].data.url,
+                "url": stages.trainings[first].data.url,
                 "samples": samples,
                 "index digest": summary["index_digest"],
             },
@@ -161,7 +173,7 @@ def _publish(
         lineage = {
             "index_digest": summary["index_digest"],
             "git_commit": git_commit(),
-            "clip_digest": index["clip"]["digest"],
+            **({} if index["clip"] is None else {"clip_digest": index["clip"]["digest"]}),
             "run_folder": folder.url,
             **{f"parent.{name}": f"{done[name]['model_uri'] or done[name]['export']} {digests[name]}" for name in done},
         }

@@ -66,10 +66,14 @@ def test_what_is_stored_is_what_the_models_compute(half: bool, source: str, inpu
     images = read(source, SampleSpec(SIZE))
     found = read(out, SampleSpec(0, arrays=arrays))
     assert "images" not in found and found["captions"][0] == "number 0"
-    assert [key.rpartition("/")[2] for key in found["keys"]] == [key.rpartition("/")[2] for key in images["keys"]]
+    keys = [[key.rpartition("/")[2] for key in batch["keys"]] for batch in (found, images)]
+    assert keys[0] == keys[1]
     good = images["weight"] == 1
     assert found["weight"].equal(images["weight"]) and not good[BROKEN] and good.sum() == 6
-    assert found["reasons"][BROKEN] == "clip.npy: missing" and (found["image_embeddings"][BROKEN] == 0).all()
+    assert (
+        found["reasons"][BROKEN].startswith("image: could not be used")
+        and (found["image_embeddings"][BROKEN] == 0).all()
+    )
     pixels = images["images"][good].float() / 127.5 - 1
     close = {"rtol": 2e-3, "atol": 2e-3} if half else {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(found["image_embeddings"][good], clip.embed_images(pixels), **close)

@@ -132,6 +132,20 @@ def test_truncated_augmentation_hands_on_what_is_still_noisy(stages: Path, tmp_p
     assert far(plain.draw(PROMPTS, SEEDS, **many), drawn) > 1
 
 
+def test_a_cascade_reads_captions_alone(stages: Path, inputs: Path, tmp_path: Path) -> None:
+    text = export(tmp_path / "text", tiny.diffusion_config(autoencoder=None, image_size=8), inputs)
+    index = join(tmp_path / "cascade", {}, text, {"up": stages / "up"}, {"upsamplers": {"up": QUICK}})
+    assert index["clip"] is None and not (tmp_path / "cascade" / "clip").exists()
+    model: Any = open_drawing_model(tmp_path / "cascade")
+    drawn = model.draw(PROMPTS, SEEDS, **QUICK)
+    assert drawn.shape == (3, 16, 16, 3) and far(model.draw(PROMPTS[1:2], SEEDS[1:2], **QUICK)[0], drawn[1]) <= 1
+    assert far(model.draw([*PROMPTS[:2], "blue 3"], SEEDS, **QUICK)[2], drawn[2]) > 1
+    with pytest.raises(ValueError, match="reads captions alone: it has no CLIP"):
+        model.variations(np.zeros((1, 20, 20, 3), np.uint8), [1])
+    with pytest.raises(ValueError, match="reads no captions, and there is no prior"):
+        join(tmp_path / "none", {}, stages / "up", {})
+
+
 def test_bad_requests_are_one_clear_line(model: Unclip) -> None:
     with pytest.raises(ValueError, match="one prompt per seed: 3 for 2"):
         model.draw(PROMPTS, [1, 2])
@@ -163,7 +177,7 @@ def test_stages_that_do_not_fit_are_refused_with_both_values(stages: Path, input
     large = export(tmp_path / "large", tiny.upsampler_config(image_size=32), inputs)
     with pytest.raises(PartsDoNotFit, match="decoder draws 8 pixels a side, and up takes 16"):
         join(tmp_path / "c", {"prior": stages / "prior"}, stages / "decoder", {"up": large})
-    with pytest.raises(ValueError, match="needs a prior"):
+    with pytest.raises(ValueError, match="is told image embeddings, so it needs a prior"):
         join(tmp_path / "d", {}, stages / "decoder", {})
     with pytest.raises(ValueError, match="is no prior"):
         join(tmp_path / "e", {"prior": stages / "decoder"}, stages / "decoder", {})

@@ -25,7 +25,8 @@ from pipelines.training.config import (
 )
 from pipelines.training.explain import describe_keys, models_in
 
-PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml"))
+# Presets of `train_unclip.py` name presets of stages, and are no training themselves.
+PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml") if "run" in read_preset(str(path)))
 
 
 def refused(*assignments: str, preset: str = "ldm_demo") -> str:
@@ -108,7 +109,8 @@ def test_a_foreign_key_names_what_is_allowed():
         ("objective.text_encoder.widht=3", "unknown key objective.text_encoder.widht (did you mean width?)"),
         (
             "objective.kind=gan",
-            "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'side_by_side'",
+            "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'diffusion_prior', "
+            "'autoregressive_prior', 'side_by_side'",
         ),
         (
             "objective={kind: side_by_side, members: {a: {kind: autoencoder, chanels: [64]}}}",

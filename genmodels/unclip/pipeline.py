@@ -25,6 +25,7 @@ from genmodels.unclip import autoregressive_prior, diffusion_prior
 from genmodels.unclip.layout import read_index
 from genmodels.unclip.prior import read_captions
 
+_PRESERVING = ("ddpm", "ddim", "dpm_solver++")  # the others keep pictures on another scale while they are noisy
 TEXT_EMBEDDING, TEXT_ONLY = "text_embedding", "text_only"
 """In place of a prior's image embedding the decoder is told the sentence's own embedding, or the sentence alone: the
 ablations of the paper's section 5.1."""
@@ -278,7 +279,7 @@ class Unclip:
             tuple(drawing.get("guidance_interval", (0.0, 1.0))),  # type: ignore[arg-type]
         )
         sampler = make_sampler(drawing["sampler"], decoder.sampler_settings, drawing.get("eta", 0.0))
-        stop = self._truncation()
+        stop = self._truncation(drawing["sampler"])
         images = decoder.sample(
             seeds, sampler, steps, condition, nothing, guidance, lambda done: tell(0, done / steps), stop
         )
@@ -289,12 +290,16 @@ class Unclip:
             return images.clamp(-1, 1), None
         return images, level_of(float(1 - sampler.alphas_cumprod[timestep]) ** 0.5)
 
-    def _truncation(self) -> float:
+    def _truncation(self, sampler: str) -> float:
         """Where the decoder ends: 0, or with truncated augmentation where the first upsampler takes over."""
         if not self.upsamplers or self.settings["upsamplers"][0].get("augmentation") != "truncated":
             return 0.0
         if self.decoder.autoencoder is not None or "beta_schedule" not in self.decoder.sampler_settings:
             raise ValueError("truncated augmentation needs a decoder that diffuses pixels by a diffusion schedule")
+        if sampler not in _PRESERVING:
+            raise ValueError(f"truncated augmentation takes sampler {', '.join(_PRESERVING)}, and not {sampler}")
+        if not self.upsamplers[0].denoiser.takes_level:
+            raise ValueError("truncated augmentation needs an upsampler that was trained with augmentation")
         return float(self.settings["upsamplers"][0]["augmentation_level"])
 
     def _upsample(

@@ -187,4 +187,11 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
                 f"{name}: makes {objective.image_size} pixels of {objective.image_size // told.factor}, and {before} "
                 f"draws {size}: the sizes of stages must follow one another"
             )
+        if objective.autoencoder is not None or objective.conditional:
+            raise BadRequest(f"{name}: an upsampler makes pixels, and is told neither captions nor classes")
         size, before = objective.image_size, name
+    for name in config.priors:
+        drawn = config.drawing.priors.get(name, PriorDrawing())
+        steps = drawn.num_steps is not None or drawn.candidates is not None
+        if steps and trainings[name].objective.kind != "diffusion_prior":
+            raise BadRequest(f"drawing.priors.{name}: num_steps and candidates are of diffusion priors")

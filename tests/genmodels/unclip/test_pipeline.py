@@ -128,6 +128,8 @@ def test_truncated_augmentation_hands_on_what_is_still_noisy(stages: Path, tmp_p
     level = float(seen["level"][0])
     assert 0.1 < level <= 0.26 and (seen["level"] == level).all()
     assert drawn.shape == (3, 16, 16, 3)
+    with pytest.raises(ValueError, match="takes sampler ddpm, ddim"):
+        truncated.draw(PROMPTS, SEEDS, **many, sampler="euler")
     plain = joined(stages, tmp_path / "plain", **told)
     assert far(plain.draw(PROMPTS, SEEDS, **many), drawn) > 1
 

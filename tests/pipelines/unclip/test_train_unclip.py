@@ -189,10 +189,11 @@ def test_stages_that_do_not_fit_are_refused_before_anything_starts(stages_preset
         (["prior.objective.layers=none"], "prior: objective"),
         (["decoder.rum.steps=3"], "decoder: unknown key rum"),
         (["priors={}"], "clip and priors go together"),
-        (["clip=null", "priors={}"], "decoder: is told image embeddings, and there is no prior"),
+        (["clip=null", "priors={}", "drawing.priors={}"], "decoder: is told image embeddings, and there is no prior"),
         (["drawing.priors.best.num_steps=3"], "drawing.priors: there is no best"),
         ([f"decoder={tree['clip']}"], "decoder: trains objective.kind=clip"),
         (["upsamplers={upsampler: " + tree["clip"] + "}"], "upsampler: trains objective.kind=clip"),
+        (["drawing.priors.ar_prior.num_steps=3"], "num_steps and candidates are of diffusion priors"),
         (["decoder=nothing"], "there is no preset 'nothing'"),
     ):
         with pytest.raises(BadRequest, match=match):

@@ -101,4 +101,5 @@ def pretrained_width(config: PretrainedTextEncoder) -> int:
         return config.width
     content = json.loads(file.read_text())
     own = content.get("text_config", content)
-    return int(own["d_model"] if content.get("model_type") == "t5" else own["hidden_size"])
+    width = own.get("d_model" if content.get("model_type") == "t5" else "hidden_size")
+    return config.width if width is None else int(width)  # the folder of a run has a config.json too

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 
 class Section(BaseModel):
     """A part of a configuration: a misspelt key is an error, and nothing changes after it was read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Attention(Section):
+    """A section whose attention heads divide the features of a token."""
+
+    width: int
+    heads: int
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Attention:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self

@@ -23,6 +23,7 @@ Batch = dict[str, Any]
 - `seeds`     int64 (batch,): drawn from (seed, lane, position); all randomness of a sample comes from it
 - `keys`      list of `shard/key`
 - `captions`  list of str
+- `labels`    list of str, where the objective's `zero_shot` names their member; "" where a sample has none
 - `token_ids` int64 (batch, length), where the run has a tokenizer
 - `condition_images` float32 like images, where the objective's `image_condition` names a member of the samples
 - `sizes`     int32 (batch, 4), where the objective's `size_conditioning` is on: the image's original height and width,
@@ -124,6 +125,9 @@ class Objective:
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """Compute, with `once` and without gradients, what the phases will ask of the micro-batches of a step."""
+
+    def begin_validation(self) -> None:
+        """Compute, with the weights of this validation, what is the same for all its batches."""
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """Metrics on held-out data. Must contain `loss`. Fixed noise and timesteps: all from `batch["seeds"]`."""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from infra.errors import BadRequest
+from infra.exports import is_unclip
 
+_DEFAULTS = {"num_steps": 20, "guidance_scale": 2.0, "sampler": "ddim"}
 SAMPLERS = ("ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral")
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser, precision: str = "fp32") -> None:
     """Add sampler, steps, guidance, batch size and precision, which is `precision` where nothing is said."""
-    add = parser.add_argument
-    add("--num-steps", type=int, default=20, help="denoiser steps for each picture (default: %(default)s)")
-    add("--guidance-scale", type=float, default=2.0, help="1 is no guidance (default: %(default)s)")
+    add, own = parser.add_argument, "a joined unCLIP's own"
+    add("--num-steps", type=int, help=f"denoiser steps for each picture (default: {own}, else 20)")
+    add("--guidance-scale", type=float, help=f"1 is no guidance (default: {own}, else 2)")
     add(
         "--guidance-rescale",
         type=float,
@@ -30,7 +34,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, precision: str = "fp3
         metavar=("LOW", "HIGH"),
         help="guide only between these shares of the schedule, 0 is clean and 1 is noise (default: 0 1)",
     )
-    add("--sampler", default="ddim", choices=SAMPLERS, help="heun makes two passes a step (default: %(default)s)")
+    add("--sampler", choices=SAMPLERS, help=f"heun makes two passes a step (default: {own}, else ddim)")
     add("--eta", type=float, default=0.0, help="of ddim: share of fresh noise, 0 to 1 (default: %(default)s)")
     add("--batch-size", type=int, default=64, help="pictures drawn at once; it changes none (default: %(default)s)")
     add(
@@ -42,27 +46,43 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, precision: str = "fp3
 
 
 def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """What of the arguments `TextToImage.draw` takes, by its names.
+    """What of the arguments `TextToImage.draw` takes, by its names; `complete_options` adds what was not given.
 
     Raises:
         BadRequest: a number is out of range.
     """
     for name in ("num_steps", "batch_size"):
-        if getattr(arguments, name) < 1:
-            raise BadRequest(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise BadRequest(f"--{name.replace('_', '-')} must be at least 1, not {value}")
     low, high = arguments.guidance_interval
     if not 0 <= low < high <= 1:
         raise BadRequest(f"--guidance-interval must be LOW < HIGH, both from 0 to 1, not {low:g} {high:g}")
     if not 0 <= arguments.guidance_rescale <= 1:
         raise BadRequest(f"--guidance-rescale must be from 0 to 1, not {arguments.guidance_rescale:g}")
-    if not 0 <= arguments.eta <= 1 or (arguments.eta and arguments.sampler != "ddim"):
+    if not 0 <= arguments.eta <= 1 or (arguments.eta and arguments.sampler not in ("ddim", None)):
         raise BadRequest(f"--eta {arguments.eta:g}: only --sampler ddim takes one, from 0 to 1")
+    given = {name: getattr(arguments, name) for name in _DEFAULTS}
     return {
-        "num_steps": arguments.num_steps,
-        "guidance_scale": arguments.guidance_scale,
+        **{name: value for name, value in given.items() if value is not None},
         "guidance_rescale": arguments.guidance_rescale,
         "guidance_interval": (low, high),
-        "sampler": arguments.sampler,
         "eta": arguments.eta,
         "batch_size": arguments.batch_size,
     }
+
+
+def complete_options(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """With the steps, guidance and sampler that the export in `folder` draws with where they are not among `options`.
+
+    Raises:
+        BadRequest: eta is given, and that sampler takes none.
+    """
+    own = {}
+    if is_unclip(folder):
+        from genmodels.unclip.layout import read_index
+
+        own = read_index(folder)["drawing"]["decoder"]
+    whole = {**_DEFAULTS, **own, **options}
+    if whole.get("eta") and whole["sampler"] != "ddim":
+        raise BadRequest(f"--eta: this model draws with {whole['sampler']}, which takes none; add --sampler ddim")
+    return whole

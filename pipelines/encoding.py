@@ -131,10 +131,15 @@ def encode(
         "half": encoders.half,
     }
     _begin(folder, json.loads(json.dumps(request)), overwrite)
-    written_before = {name: _written(folder, name, index.chunk_samples) for name in index.names}
+    names = [new_name(name) for name in index.names]
+    if len(set(names)) < len(names):
+        raise BadRequest(
+            f"{data}: shards in different folders have names that cannot stand beside each other: rename one"
+        )
+    written_before = {name: _written(folder, name, index.chunk_samples) for name in names}
     done = {name: scan.facts for name, scan in written_before.items() if scan is not None}
     bad = sum(len(scan.flaws) for scan in written_before.values() if scan is not None)
-    missing = [shard for shard, name in enumerate(index.names) if name not in done]
+    missing = [shard for shard, name in enumerate(names) if name not in done]
     if missing:
         for name, facts, unusable in _over_ray(index, folder, encoders, missing, actors, gpus):
             done[name], bad = facts, bad + unusable
@@ -154,23 +159,12 @@ def encode(
 
 
 def open_clip(reference: str, tracking_uri: str | None = None) -> FrozenClip:
-    """A CLIP of this project, named in any way, or of transformers: a folder or hub name. Raises BadRequest."""
-    from genmodels.clip.frozen import FrozenClip, fetch_clip
-    from genmodels.clip.layout import is_transformers_clip
-    from pipelines.training.export import find_export, resolve_reference
+    """See `pipelines.training.clip.open_clip`. Raises BadRequest."""
+    from pipelines.training import clip
 
-    root = str(storage.run_root())
     try:
-        ours = (
-            reference.startswith("models:") or storage.is_remote(reference) or find_export(reference, root) is not None
-        )
-        if ours or (Path(reference).is_dir() and not is_transformers_clip(Path(reference))):
-            return FrozenClip.from_folder(resolve_reference(reference, root, tracking_uri, finished=True))
-        if Path(reference).is_dir():
-            return FrozenClip.from_folder(Path(reference))
         with tempfile.TemporaryDirectory() as temporary:
-            fetch_clip(reference, Path(temporary) / "clip")
-            return FrozenClip.from_folder(Path(temporary) / "clip")
+            return clip.open_clip(reference, tracking_uri, Path(temporary))
     except (OSError, ValueError) as error:
         raise BadRequest(f"--clip {reference}: {' '.join(str(error).split())[:300]}") from None
 
@@ -217,6 +211,11 @@ def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
         for name in filesystem.glob(f"{local}/{pattern}"):
             filesystem.rm_file(name)
     storage.write_bytes(path, json.dumps(request, indent=2).encode())
+
+
+def new_name(name: str) -> str:
+    """What a shard is called in the new folder, which has no folders in it: a/b.tar is a--b.tar there."""
+    return name.replace("/", "--")
 
 
 def _written(folder: str, name: str, chunk_samples: int) -> ShardScan | None:
@@ -284,7 +283,7 @@ def encode_shard(
     index: DatasetIndex, shard: int, folder: str, encoders: Encoders, device: Any
 ) -> tuple[str, ShardFacts, int]:
     """Write one new shard: its name, its facts, and how many samples have no arrays, since their image is bad."""
-    buffer, bad, name = ShardBuffer(), 0, index.names[shard]
+    buffer, bad, name = ShardBuffer(), 0, new_name(index.names[shard])
     for chunk in range(-(-int(index.shard_samples[shard]) // index.chunk_samples)):
         read = read_chunks(index, [(shard, chunk)])[shard, chunk]
         if read.reason:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from infra.errors import BadRequest, write_summary
 from infra.exports import export_kind, folder_digest, is_unclip
 from infra.storage import run_root
-from pipelines.drawing_options import drawing_options
+from pipelines.drawing_options import complete_options, drawing_options
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ def generate(arguments: argparse.Namespace) -> None:
     Raises:
         BadRequest: there are no prompts, a setting is out of range, or the model cannot be opened.
     """
-    settings = drawing_options(arguments)
+    options = drawing_options(arguments)
     if arguments.count is not None and arguments.count < 1:
         raise BadRequest(f"--count must be at least 1, not {arguments.count}")
     if arguments.count is not None and arguments.seeds:
@@ -44,6 +44,7 @@ def generate(arguments: argparse.Namespace) -> None:
     kind = export_kind(folder)
     if kind != "text_to_image":
         raise BadRequest(f"{arguments.model} is of kind {kind}, which draws nothing by itself; name a diffusion model")
+    settings = complete_options(options, folder)
     model = _open(folder, arguments.device, arguments.precision)
     whole = is_unclip(folder)
     if not whole and (given := [name for name in OF_UNCLIP if getattr(arguments, name) is not None]):
@@ -71,8 +72,7 @@ def generate(arguments: argparse.Namespace) -> None:
             raise BadRequest(f"{arguments.model} was trained without captions: give --count or --seeds, and no prompts")
         count = arguments.count or _UNCONDITIONAL_COUNT
         drawn_seeds = seeds or [arguments.seed + i for i in range(count)]
-    if any(seed not in _SEEDS for seed in drawn_seeds):
-        raise BadRequest("a seed is a whole number of at most 63 bits")
+    _check_seeds(drawn_seeds)
     settings |= _given(model, arguments.image, arguments.mask, len(drawn_seeds))
     started = time.perf_counter()
     images = _draw(model, prompts, drawn_seeds, arguments.negative, settings)
@@ -81,6 +81,11 @@ def generate(arguments: argparse.Namespace) -> None:
     told = {"image": arguments.image, "mask": arguments.mask, "precision": model.precision}
     kept = {name: value for name, value in settings.items() if name not in ("images", "masks", "embeddings")}
     _finish(folder, arguments, {**kept, **told}, images, prompts, drawn_seeds, seconds)
+
+
+def _check_seeds(seeds: list[int]) -> None:
+    if any(seed not in _SEEDS for seed in seeds):
+        raise BadRequest("a seed is a whole number of at most 63 bits")
 
 
 def _finish(
@@ -116,26 +121,31 @@ def _vary(model: Any, folder: Path, arguments: argparse.Namespace, settings: dic
         raise BadRequest("--from-text and --to-text go together: the way between them is what is drawn along")
     if arguments.to is not None and arguments.from_text is not None:
         raise BadRequest("--to or --from-text: give one")
+    if (arguments.to or arguments.from_text) and len(seeds) > 1:
+        raise BadRequest(f"--seeds {arguments.seeds}: all pictures of a path are drawn from one seed; give one")
     count, first = arguments.count or len(seeds) or _VARIATIONS, seeds[0] if seeds else arguments.seed
+    if arguments.to is not None or arguments.from_text is not None:
+        count, drawn_seeds = arguments.count or _VARIATIONS, [first]
+    else:
+        drawn_seeds = seeds or [first + i for i in range(count)]
+    _check_seeds(drawn_seeds)
     picture = _read_picture("image", arguments.image)
-    drawing = {name: settings[name] for name in ("num_steps", "guidance_scale", "sampler", "eta")}
+    drawing = {name: value for name, value in settings.items() if name != "batch_size"}
     options = {"drawing": drawing, "batch_size": settings["batch_size"]}
     started = time.perf_counter()
     try:
         if arguments.to is not None:
-            drawn_seeds = [first] * count
             images = model.interpolate(picture, _read_picture("to", arguments.to), count, first, **options)
         elif arguments.from_text is not None:
-            drawn_seeds = [first] * count
             images = model.text_difference(picture, arguments.from_text, arguments.to_text, count, first, **options)
         else:
-            drawn_seeds = seeds or [first + i for i in range(count)]
             images = model.variations(picture[None].repeat(len(drawn_seeds), axis=0), drawn_seeds, **options)
     except ValueError as error:
         raise BadRequest(str(error)) from error
     told = {name: getattr(arguments, name) for name in ("image", "to", "from_text", "to_text")}
     settings = {**settings, **told, "precision": model.precision}
-    _finish(folder, arguments, settings, images, None, drawn_seeds, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    _finish(folder, arguments, settings, images, None, drawn_seeds * (len(images) // len(drawn_seeds)), seconds)
 
 
 def _read_picture(name: str, path: str) -> np.ndarray:

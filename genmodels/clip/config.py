@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Section
+from genmodels.config import Attention, Section
 from genmodels.text.config import TrainedTextEncoder
 
 
@@ -25,7 +25,7 @@ class ConvolutionalImageEncoder(Section):
         return self
 
 
-class TransformerImageEncoder(Section):
+class TransformerImageEncoder(Attention):
     """CLIP's vision transformer (Radford et al. 2021, section 2.4); the defaults are ViT-B/32."""
 
     kind: Literal["transformer"] = "transformer"
@@ -34,14 +34,25 @@ class TransformerImageEncoder(Section):
     layers: int = Field(12, gt=0, description="transformer layers")
     heads: int = Field(12, gt=0, description="attention heads per layer")
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> TransformerImageEncoder:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
-
 
 ImageEncoderConfig = ConvolutionalImageEncoder | TransformerImageEncoder
+
+
+class ZeroShotConfig(Section):
+    """Classification by sentences alone, measured at each validation (Radford et al. 2021, section 3.1)."""
+
+    label: str = Field(description="shard member with the class of a sample: cls, or json:KEY")
+    classes: dict[str, str] = Field(min_length=2, description="what a sentence calls each label")
+    templates: list[str] = Field(
+        ["a photo of a {}"], min_length=1, description="sentences with {} for the class; their embeddings are averaged"
+    )
+
+    @model_validator(mode="after")
+    def _templates_have_a_place(self) -> ZeroShotConfig:
+        for template in self.templates:
+            if template.count("{}") != 1 or template.count("{") != 1:
+                raise ValueError(f"template {template!r} needs one {{}}, where the class is put")
+        return self
 
 
 class ClipConfig(Section):
@@ -56,6 +67,10 @@ class ClipConfig(Section):
     text_encoder: TrainedTextEncoder = Field(TrainedTextEncoder(), description="the text side, kind trained")
     embedding_dim: int = Field(512, gt=0, description="features of the shared embeddings")
     temperature: float = Field(0.07, gt=0, description="of the softmax at the start; it is learnt, and at least 0.01")
+
+    zero_shot: ZeroShotConfig | None = Field(
+        None, description="classify held-out images by sentences; null: retrieval alone is measured"
+    )
 
     @property
     def conditional(self) -> bool:

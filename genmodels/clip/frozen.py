@@ -148,6 +148,7 @@ def fit(images: Tensor, size: int) -> Tensor:
 
 def fetch_clip(path: str, folder: Path) -> None:
     """Copy a CLIPModel of transformers (a folder or a hub name), with its tokenizer, to `folder`: safetensors only.
+    Statistics of its embeddings that were put into a folder go with it.
 
     Raises:
         OSError, ValueError: there is none.
@@ -156,6 +157,8 @@ def fetch_clip(path: str, folder: Path) -> None:
 
     CLIPModel.from_pretrained(path, use_safetensors=True).save_pretrained(folder, safe_serialization=True)
     CLIPTokenizer.from_pretrained(path).save_pretrained(folder)
+    if (statistics := EmbeddingStatistics.load(Path(path).expanduser())) is not None:
+        statistics.save(folder)
     try:
         pixels, _ = ImageProcessingMixin.get_image_processor_dict(path)
         kept = {name: pixels[name] for name in ("image_mean", "image_std", "size", "do_normalize") if name in pixels}

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
 from genmodels.clip.config import ClipConfig, TransformerImageEncoder
@@ -30,6 +31,7 @@ from genmodels.text.tokenizer import save as save_tokenizer
 from genmodels.weights import copy_weights, forward_flops, load_into
 
 _ENCODERS = "encoders.safetensors"  # of convolutions: all but the text encoder, which has a folder of its own
+_SENTENCES_AT_ONCE = 512
 _PIXELS = {"do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}  # for transformers: to [-1, 1]
 
 
@@ -44,6 +46,7 @@ class Clip(Objective):
         self.frozen: dict[str, nn.Module] = {}
         self.phases = [Phase("clip", self.loss, couples_samples=True, caches_gradients=True)]
         self.statistics: EmbeddingStatistics | None = None
+        self._classes: Tensor | None = None  # unit vectors (classes, embedding_dim), of this validation
 
     @staticmethod
     def from_config(config: ClipConfig, inputs: Path | None = None) -> Clip:
@@ -110,10 +113,29 @@ class Clip(Objective):
         parts = [slice(first, first + size) for first in range(mine.start, mine.stop, size)]
         return loss, [self._metrics(whole, weight, per_sample, part) for part in parts]
 
+    def begin_validation(self) -> None:
+        """Embed the classes of zero-shot classification."""
+        zero_shot = self.config.zero_shot
+        if zero_shot is None or self.tokenizer is None:
+            return
+        device = next(self.clip.parameters()).device
+        sentences = [template.format(name) for name in zero_shot.classes.values() for template in zero_shot.templates]
+        token_ids = encode(self.tokenizer, sentences)
+        found = torch.cat([self.clip.embed_texts(part.to(device)) for part in token_ids.split(_SENTENCES_AT_ONCE)])
+        self._classes = normalize(found.float().unflatten(0, (len(zero_shot.classes), -1)).mean(1), dim=1)
+
     def validate(self, batch: Batch) -> dict[str, Mean]:
-        """The loss, and how often the right caption (recall_image) or image (recall_text) is the nearest."""
-        whole, weight, mine = gather(self.clip(batch["images"], batch["token_ids"]), batch["weight"])
-        return self._metrics(whole, weight, contrastive_loss(whole, weight), mine)
+        """The loss, how often the right caption (recall_image) or image (recall_text) is the nearest in the batch, and
+        where the configuration names classes how often the right one's sentences are (zero_shot_accuracy)."""
+        own = self.clip(batch["images"], batch["token_ids"])
+        whole, weight, mine = gather(own, batch["weight"])
+        metrics = self._metrics(whole, weight, contrastive_loss(whole, weight), mine)
+        if self.config.zero_shot is not None and self._classes is not None:
+            number = {label: row for row, label in enumerate(self.config.zero_shot.classes)}
+            labels = torch.tensor([number.get(label, -1) for label in batch["labels"]], device=own.images.device)
+            right = (own.images.float() @ self._classes.T).argmax(1) == labels
+            metrics["zero_shot_accuracy"] = Mean.of(right, batch["weight"] * (labels >= 0))
+        return metrics
 
     def preview(self, batch: Batch) -> Preview:
         """The images, each with the nearest of their captions."""

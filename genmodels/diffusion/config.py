@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Section
+from genmodels.config import Attention, Section
 from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
@@ -70,7 +70,7 @@ class UNetConfig(Section):
             raise ValueError(f"channels {channels} is not a multiple of head_dim {self.head_dim}")
 
 
-class DiTConfig(Section):
+class DiTConfig(Attention):
     """A diffusion transformer with adaLN-zero (Peebles and Xie 2023); the defaults are DiT-XL/2."""
 
     kind: Literal["dit"] = "dit"
@@ -84,9 +84,8 @@ class DiTConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> DiTConfig:
-        for divisor, name in ((self.heads, f"heads {self.heads}"), (4, "4, for the position embeddings")):
-            if self.width % divisor:
-                raise ValueError(f"width {self.width} is not a multiple of {name}")
+        if self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, for the position embeddings")
         return self
 
 

@@ -308,8 +308,14 @@ def _build_unet(
     )
 
 
-def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[int, int] | None, classes: bool) -> float:
-    """Floating point operations of one sample's forward pass; `text_shape` is (length, width) of frozen features."""
+def example_flops(
+    build: Callable[[], ConditionalDenoiser],
+    text_shape: tuple[int, int] | None,
+    classes: bool,
+    crop: int | None = None,
+) -> float:
+    """Floating point operations of one sample's forward pass; `text_shape` is (length, width) of frozen features, and
+    `crop` the side of what is cut out of an image, where it is not seen whole."""
 
     class Example(nn.Module):
         """The denoiser with one sample's arguments, which `forward_flops` cannot give as a mapping."""
@@ -321,6 +327,7 @@ def example_flops(build: Callable[[], ConditionalDenoiser], text_shape: tuple[in
         def forward(self, timesteps: Tensor) -> Tensor:
             denoiser, device = self.denoiser, timesteps.device
             channels, *sides = denoiser.sample_shape
+            sides = sides if crop is None else [crop, crop]
             told: dict[str, Tensor] = {}
             if denoiser.text_encoder is not None:
                 length = denoiser.text_encoder.config.max_position_embeddings

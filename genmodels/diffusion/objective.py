@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from genmodels import random
 from genmodels.autoencoder.codec import LatentCodec
 from genmodels.clip.frozen import FrozenClip, fit
 from genmodels.diffusion import lora
+from genmodels.diffusion.build import build_denoiser
 from genmodels.diffusion.config import LatentDiffusionConfig, LowResolutionCondition, UNetConfig
 from genmodels.diffusion.degradation import random_crops
 from genmodels.diffusion.dit import DiT, load_dit
@@ -26,8 +27,6 @@ from genmodels.diffusion.image_condition import augmented, condition_channels, f
 from genmodels.diffusion.learned_variance import BOUND_WEIGHT, variational_bound
 from genmodels.diffusion.network import (
     ConditionalDenoiser,
-    ImageProjection,
-    build_backbone,
     example_flops,
     load_projection,
     told_embedding,
@@ -35,8 +34,8 @@ from genmodels.diffusion.network import (
 from genmodels.diffusion.noise_schedule import DiffusionSchedule, NoiseSchedule
 from genmodels.diffusion.sampler import Condition, Guidance, make_sampler, sample, sampler_settings
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
-from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
-from genmodels.text.encoder import TextEncoder, build_text_encoder, open_text_encoder, pretrained_width, read_text
+from genmodels.text.config import PretrainedTextEncoder
+from genmodels.text.encoder import TextEncoder, open_text_encoder, read_text
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
 from genmodels.weights import load_into, required_folder
@@ -119,8 +118,11 @@ class LatentDiffusion(Objective):
         if isinstance(config.text_encoder, PretrainedTextEncoder):
             folder = required_folder(inputs, "text_encoder")
             frozen_text = open_text_encoder(folder)
-            if isinstance(frozen_text, T5EncoderModel) and not isinstance(config.denoiser, UNetConfig):
-                raise ValueError("a T5's padding must not be seen, which denoiser.kind unet alone takes care of")
+            unet = config.denoiser if isinstance(config.denoiser, UNetConfig) else None
+            if isinstance(frozen_text, T5EncoderModel) and (unet is None or unet.pooled_text):
+                raise ValueError(
+                    "a T5's padding must not be seen, which denoiser.kind unet without pooled_text alone takes care of"
+                )
         if config.image_embedding is not None:
             clip = FrozenClip.from_folder(required_folder(inputs, "clip"))
         denoiser = build_denoiser(config, autoencoder, frozen_text, tokenizer, clip)
@@ -387,6 +389,9 @@ class LatentDiffusion(Objective):
             lambda: build_denoiser(self.config, self.autoencoder, self.text_encoder, self.tokenizer, self.clip),
             features,
             self.config.classes is not None,
+            self.config.image_condition.crop
+            if isinstance(self.config.image_condition, LowResolutionCondition)
+            else None,
         )
 
     @property
@@ -442,57 +447,3 @@ class LatentDiffusion(Objective):
         if self.empty_ids is None:
             raise ValueError("replacing captions by the empty one needs the tokenizer")
         return self.empty_ids.to(like.device)
-
-
-def build_denoiser(
-    config: LatentDiffusionConfig,
-    autoencoder: LatentCodec | None = None,
-    frozen_text: TextEncoder | None = None,
-    tokenizer: CLIPTokenizer | None = None,
-    clip: FrozenClip | None = None,
-) -> ConditionalDenoiser:
-    """A freshly initialised denoiser that fits the other parts; those not at hand are taken to be of the usual size.
-
-    Raises:
-        ValueError: `image_size` is not a multiple of the autoencoder's reduction, or the latents not of the patches.
-    """
-    channels, size, factor = 3, config.image_size, 1
-    if config.autoencoder is not None:
-        factor = config.latent_factor if autoencoder is None else autoencoder.factor
-        channels = config.latent_channels if autoencoder is None else autoencoder.channels
-        if autoencoder is not None and size % factor:
-            raise ValueError(f"image_size {size} is not a multiple of the autoencoder's factor {factor}")
-        size //= factor
-    text_encoder, width = None, None
-    if isinstance(config.text_encoder, TrainedTextEncoder):
-        text_encoder = build_text_encoder(config.text_encoder, tokenizer)
-        width = config.text_encoder.width
-    elif isinstance(config.text_encoder, PretrainedTextEncoder):
-        width = pretrained_width(config.text_encoder) if frozen_text is None else frozen_text.config.hidden_size
-    unet = config.denoiser if isinstance(config.denoiser, UNetConfig) else None
-    projection, features = None, 0
-    vector: Literal["identity", "timestep"] | None = "timestep" if config.tells_level else None
-    if config.image_embedding is not None and unet is not None:
-        features = config.image_embedding.clip_dim if clip is None else clip.embedding_dim
-        width, vector = width or features, "identity"
-    backbone = build_backbone(
-        config.denoiser,
-        channels,
-        size,
-        text_width=width,
-        num_classes=None if config.classes is None else len(config.classes),
-        extra_channels=0 if config.image_condition is None else condition_channels(config.image_condition, factor),
-        learned_variance=config.learned_variance,
-        size_conditioning=config.size_conditioning,
-        extra_vector=vector,
-    )
-    if config.image_embedding is not None and unet is not None and width is not None:
-        # diffusers makes the timestep's vector four times as wide as the finest level.
-        projection = ImageProjection(features, 4 * unet.channels[0], width, config.image_embedding.tokens)
-        if clip is not None and clip.statistics is not None:
-            projection.mean.copy_(clip.statistics.mean)
-            projection.deviation.copy_(clip.statistics.deviation)
-    if config.lora is not None:
-        lora.add_adapters(backbone, config.lora)
-    skip_scale = 1.0 if unet is None else unet.skip_scale
-    return ConditionalDenoiser(backbone, text_encoder, config.learned_variance, projection, skip_scale)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from genmodels.config import Section
+from genmodels.config import Attention, Section
 
 
-class TrainedTextEncoder(Section):
+class TrainedTextEncoder(Attention):
     """A CLIP text transformer trained along with the denoiser, with a tokenizer built from the captions."""
 
     kind: Literal["trained"] = "trained"
@@ -18,12 +18,6 @@ class TrainedTextEncoder(Section):
     heads: int = Field(8, gt=0, description="attention heads per layer")
     length: int = Field(77, ge=4, description="tokens per caption, start and end included; longer ones are cut")
     vocab_size: int = Field(8192, ge=514, description="tokens in the vocabulary; 514 is bytes and markers alone")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> TrainedTextEncoder:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
 
 
 class PretrainedTextEncoder(Section):

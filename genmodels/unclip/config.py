@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from genmodels.config import Section
+from genmodels.config import Attention, Section
 
 
 class _PriorConfig(Section):
@@ -43,7 +43,7 @@ class DiffusionPriorConfig(_PriorConfig):
     head_dim: int = Field(64, gt=0, description="features per attention head")
 
 
-class AutoregressivePriorConfig(_PriorConfig):
+class AutoregressivePriorConfig(_PriorConfig, Attention):
     """A transformer over the principal components of image embeddings, quantised (Ramesh et al. 2022, section 2.2)."""
 
     kind: Literal["autoregressive_prior"] = "autoregressive_prior"
@@ -51,9 +51,3 @@ class AutoregressivePriorConfig(_PriorConfig):
     components: int = Field(319, gt=0, description="principal components that are kept, the largest first")
     buckets: int = Field(1024, gt=1, description="values that each component is quantised to")
     dot_buckets: int = Field(64, gt=1, description="values of the token that tells how well image and caption agree")
-
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> AutoregressivePriorConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self

@@ -10,7 +10,7 @@ from typing import Any
 
 from genmodels.clip.frozen import FrozenClip
 from genmodels.diffusion.layout import own_index, takes_prompts
-from genmodels.unclip.layout import FACTS, INDEX, PartsDoNotFit, check_same_clip
+from genmodels.unclip.layout import FACTS, INDEX, PartsDoNotFit, check_augmentation, check_same_clip
 
 DRAWING: dict[str, Any] = {
     "priors": {},
@@ -40,7 +40,7 @@ def join(
         drawing: what differs from DRAWING: "priors" by name, "decoder", and "upsamplers" by name.
 
     Raises:
-        ValueError: a stage is missing or of another kind.
+        ValueError: a stage is missing or of another kind, or would be told noise that it never saw.
         PartsDoNotFit: stages belong to different CLIPs, or sizes do not follow one another; both values are named.
     """
     told = {"priors": {}, "decoder": {}, "upsamplers": {}, **(drawing or {})}
@@ -52,6 +52,10 @@ def join(
         kinds[name], clips[name] = facts["kind"], facts["clip"]
     own = _clip_of(decoder, clips)
     size = _check_sizes(decoder, upsamplers)
+    of_upsamplers = {name: {**DRAWING["upsampler"], **told["upsamplers"].get(name, {})} for name in upsamplers}
+    for number, (name, source) in enumerate(upsamplers.items()):
+        trained = own_index(source)["image_condition"]["augmentation"]
+        check_augmentation(name, number == 0, trained, of_upsamplers[name])
     content = {
         "priors": kinds,
         "upsamplers": list(upsamplers),
@@ -60,7 +64,7 @@ def join(
         "drawing": {
             "priors": {name: dict(told["priors"].get(name, {})) for name in priors},
             "decoder": {**DRAWING["decoder"], **told["decoder"]},
-            "upsamplers": [{**DRAWING["upsampler"], **told["upsamplers"].get(name, {})} for name in upsamplers],
+            "upsamplers": list(of_upsamplers.values()),
         },
     }
     folder.mkdir(parents=True)
@@ -103,6 +107,8 @@ def _check_sizes(decoder: Path, upsamplers: Mapping[str, Path]) -> int:
         told = own_index(source).get("image_condition") or {}
         if told.get("kind") != "low_resolution":
             raise ValueError(f"{name}: {source} is no upsampler (its image_condition is {told.get('kind', 'none')})")
+        if (source / "vae").is_dir() or takes_prompts(source):
+            raise ValueError(f"{name}: {source} is told captions or makes latents: an upsampler makes pixels of pixels")
         given = _pixels(source) // told["factor"]
         if given != size:
             raise PartsDoNotFit(

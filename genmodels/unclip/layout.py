@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,27 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} is no unCLIP (no {INDEX} there)")
     return dict(json.loads((folder / INDEX).read_text()))
+
+
+def check_augmentation(name: str, first: bool, trained: float, drawing: Mapping[str, Any]) -> None:
+    """Raise ValueError where an upsampler is to be told noise that it never saw.
+
+    Args:
+        name: of the upsampler.
+        first: whether it follows the decoder.
+        trained: the largest level of its training, image_condition.augmentation.
+        drawing: its augmentation_level and augmentation.
+    """
+    level, truncated = drawing.get("augmentation_level", 0.0), drawing.get("augmentation") == "truncated"
+    if level > trained:
+        raise ValueError(
+            f"{name}: augmentation_level {level:g} is more than it was trained with, image_condition.augmentation "
+            f"{trained:g}: lower it, or train the upsampler with more"
+        )
+    if truncated and not first:
+        raise ValueError(f"{name}: truncated augmentation is of the first upsampler, which the decoder hands on to")
+    if truncated and not level:
+        raise ValueError(f"{name}: truncated augmentation needs an augmentation_level above 0, where the decoder ends")
 
 
 def check_same_clip(named: dict[str, dict[str, Any]]) -> None:

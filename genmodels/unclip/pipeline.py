@@ -92,9 +92,9 @@ class Unclip:
         prompts: Sequence[str] | None,
         seeds: Sequence[int],
         negative_prompts: Sequence[str] | None = None,
-        num_steps: int = 20,
-        guidance_scale: float = 2.0,
-        sampler: SamplerName = "ddim",
+        num_steps: int | None = None,
+        guidance_scale: float | None = None,
+        sampler: SamplerName | None = None,
         batch_size: int = 64,
         progress: Callable[[float, int], None] | None = None,
         by: str | None = None,
@@ -107,7 +107,8 @@ class Unclip:
             prompts: one per picture.
             seeds: one per picture.
             negative_prompts: one per picture, what decoder (if it reads text) and prior are steered away from.
-            num_steps, guidance_scale, sampler: of the decoder; the other stages have theirs in `settings`.
+            num_steps, guidance_scale, sampler: of the decoder; None takes those of `settings`, where those of the other
+                stages are.
             batch_size: pictures drawn together; it changes speed and memory, not the pictures.
             progress: called with the pictures drawn so far (fractions count) and their total.
             by: how a sentence becomes what the decoder is told: the name of a prior, TEXT_EMBEDDING or TEXT_ONLY.
@@ -130,15 +131,20 @@ class Unclip:
             self._clip.check_length([*texts, *(negative_prompts or ())])
         if by == TEXT_ONLY and not self.decoder.conditional:
             raise ValueError("this decoder reads no text: it can be told embeddings alone")
-        embeddings = None
-        if by == TEXT_EMBEDDING:
-            embeddings = self.clip.read_texts(self._tokens(texts))[2]
-        elif by != TEXT_ONLY:
-            embeddings = self.embed(texts, seeds, negative_prompts, by)
+        asked, steered = texts, negative_prompts
+
+        def told(part: slice) -> Tensor | None:
+            if by == TEXT_ONLY:
+                return None
+            if by == TEXT_EMBEDDING:
+                return self.clip.read_texts(self._tokens(asked[part]))[2]
+            return self.embed(asked[part], seeds[part], None if steered is None else steered[part], by)
+
         if not tell_captions:
             texts, negative_prompts = [""] * len(texts), None
-        drawing = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler, **options}
-        return self.decode(embeddings, texts, seeds, negative_prompts, batch_size, progress, drawing)
+        given = {"num_steps": num_steps, "guidance_scale": guidance_scale, "sampler": sampler}
+        drawing = {**{name: value for name, value in given.items() if value is not None}, **options}
+        return self._decode(told, texts, seeds, negative_prompts, batch_size, progress, drawing)
 
     @torch.inference_mode()
     def embed(
@@ -172,6 +178,27 @@ class Unclip:
     ) -> np.ndarray:
         """Pictures of image embeddings, (n, embedding_dim), through decoder and upsamplers; `drawing` is the decoder's
         settings. The prompts are told to a decoder that reads text. uint8 (n, height, width, 3)."""
+
+        def told(part: slice) -> Tensor | None:
+            return None if embeddings is None else embeddings[part]
+
+        return self._decode(told, prompts, seeds, negative_prompts, batch_size, progress, drawing)
+
+    def _decode(
+        self,
+        told: Callable[[slice], Tensor | None],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompts: Sequence[str] | None,
+        batch_size: int,
+        progress: Callable[[float, int], None] | None,
+        drawing: dict[str, Any] | None,
+    ) -> np.ndarray:
+        """See `decode`; `told` gives the embeddings of a part of the pictures."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, must be 1 or more")
+        if negative_prompts is not None and len(negative_prompts) != len(seeds):
+            raise ValueError(f"needs one negative prompt per seed: {len(negative_prompts)} for {len(seeds)} seeds")
         pictures = [np.empty((0, self.image_size, self.image_size, 3), np.uint8)]
         stages = 1 + len(self.upsamplers)
         for start in range(0, len(seeds), batch_size):
@@ -183,7 +210,7 @@ class Unclip:
                     progress(part.start + (part.stop - part.start) * share, len(seeds))
 
             images, level = self._draw_base(
-                None if embeddings is None else embeddings[part],
+                told(part),
                 prompts[part],
                 seeds[part],
                 None if negative_prompts is None else negative_prompts[part],

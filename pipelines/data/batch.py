@@ -19,6 +19,7 @@ class RankBatch(TypedDict):
     seeds: Tensor  # int64 (batch,)
     keys: list[str]  # shard/key
     captions: list[str]
+    labels: NotRequired[list[str]]  # where the spec names their member; "" where a sample has none
     reasons: list[str]  # why quarantined; empty for a good sample
     step: int
     images: NotRequired[Tensor]  # uint8 (batch, 3, height, width), unless the spec reads none
@@ -48,6 +49,8 @@ def to_batch(table: pa.Table, spec: SampleSpec) -> RankBatch:
         "reasons": table["reason"].to_pylist(),
         "step": table["step"][0].as_py(),
     }
+    if spec.label is not None:
+        batch["labels"] = table["label"].to_pylist()
     if size:
         batch["images"] = torch.from_numpy(fixed("image", np.uint8, 3, size, size).copy())
     for array in spec.arrays:

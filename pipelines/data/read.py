@@ -151,8 +151,8 @@ def build_batch(
 
     Columns: image (3*S*S bytes, channels first), key `shard/key`, caption, weight (0 for a quarantined sample, whose
     image is zeros), seed, reason ("" for a good one), step, and what else `spec` asks for: token_ids (int32 bytes),
-    condition_image (like image), size (4 int32 as bytes: original height and width, rows and columns cut off), and the
-    arrays by their names (float32 bytes). Where the spec reads no images there are none.
+    label, condition_image (like image), size (4 int32 as bytes: original height and width, rows and columns cut off),
+    and the arrays by their names (float32 bytes). Where the spec reads no images there are none.
     """
     count, size = len(slots), spec.image_size
     images = np.zeros((count, 3, size, size), np.uint8)
@@ -162,10 +162,10 @@ def build_batch(
     arrays = {array.name: np.zeros((count, *array.shape), np.float32) for array in spec.arrays}
     place_x, place_y, flips = (uniform(seeds, purpose) for purpose in ("crop_x", "crop_y", "flip"))
     draws = uniform(seeds, "caption")
-    keys, captions, reasons = [], [], []
+    keys, captions, labels, reasons = [], [], [], []
     for row, (shard, chunk, within) in enumerate(slots.tolist()):
         source = chunks[shard, chunk]
-        key, caption, reason = f"chunk{chunk}/sample{within}", "", source.reason
+        key, caption, label, reason = f"chunk{chunk}/sample{within}", "", "", source.reason
         if not reason:
             sample = source.samples[within]
             key, reason = sample.key, sample.flaw
@@ -183,6 +183,7 @@ def build_batch(
                         sizes[row] = (*original_size(encoded), *cut)
                     if others is not None:
                         _decode_other(spec, members, encoded, others[row], place, flip)
+                label = spec.read_label(members)
                 if not reason:
                     caption = spec.choose_caption(members, draws[row]) if spec.caption else ""
             except (BadArray, BadImage, BadCaption) as error:
@@ -195,6 +196,7 @@ def build_batch(
             tokens[row] = spec.tokenize(caption)
         keys.append(f"{index.names[shard]}/{key}".encode("utf-8", "backslashreplace").decode())
         captions.append(caption)
+        labels.append(label)
         reasons.append(reason.encode("utf-8", "backslashreplace").decode())
     columns = {
         "key": pa.array(keys, pa.string()),
@@ -204,6 +206,8 @@ def build_batch(
         "reason": pa.array(reasons, pa.string()),
         "step": pa.array(np.full(count, step, np.int64)),
     }
+    if spec.label is not None:
+        columns["label"] = pa.array(labels, pa.string())
     if size:
         columns["image"] = _fixed_size(images.reshape(count, -1))
     for name, values in arrays.items():

@@ -74,6 +74,7 @@ class SampleSpec:
             suffix; None reads none. No colours are mixed when it is resized.
         sizes: whether the original size of each image and the place of its crop are told.
         arrays: what else is read of each sample.
+        label: the member with the name of its class, as `caption`'s places are written; None reads none.
     """
 
     image_size: int
@@ -87,6 +88,7 @@ class SampleSpec:
     condition_image: str | None = None
     sizes: bool = False
     arrays: tuple[ArraySpec, ...] = ()
+    label: str | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < (0 if self.arrays else 1):
@@ -125,6 +127,16 @@ class SampleSpec:
         if not found:
             raise BadCaption(reason)
         return found[min(int(draw * len(found)), len(found) - 1)]
+
+    def read_label(self, members: Mapping[str, bytes]) -> str:
+        """The name of the sample's class, "" where it has none: that is no reason to leave the sample out."""
+        suffix, _, name = (self.label or "").partition(":")
+        try:
+            text = members[suffix].decode("utf-8")
+            found = json.loads(text)[name] if name else text
+        except (KeyError, ValueError, TypeError, RecursionError):
+            return ""
+        return str(found).strip()
 
     def tokenize(self, caption: str) -> NDArray[np.int32]:
         """Token ids, int32 (token_length,)."""

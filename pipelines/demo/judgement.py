@@ -17,7 +17,7 @@ from infra.errors import BadRequest, write_summary
 from pipelines.demo.digits import KEPT_OUT
 from pipelines.demo.evaluation import Draw, evaluate_digits, kept_out_prompts
 from pipelines.demo.report import galleries, write_report
-from pipelines.drawing_options import add_drawing_arguments, drawing_options
+from pipelines.drawing_options import add_drawing_arguments, complete_options, drawing_options
 from pipelines.generation import find_export
 from pipelines.pictures import grid_png
 
@@ -75,6 +75,7 @@ def judge_model(arguments: argparse.Namespace) -> dict[str, Any]:
         raise BadRequest(f"--count: {error}") from None
     facts, history = _read_json(arguments.facts, {}), _read_json(arguments.history, [])
     folder = find_export(arguments.model, arguments.tracking_uri)
+    options = complete_options(options, folder)
     with ExitStack() as closing:
         draw, model = _drawing(folder, arguments.processes, arguments.precision, options, closing)
         evaluation = evaluate_digits(draw, model.image_size, arguments.count, arguments.seed)

@@ -63,7 +63,6 @@ def _judge_arms(model: Unclip, folder: Path, judge: Judge, count: int) -> tuple[
         arms.append(("text_only", "caption alone", TEXT_ONLY, True, usual))
     seeds, right, pictures = list(range(count)), {}, {}
     columns = (TextColumn("drawing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    drawing = {name: model.settings["decoder"][name] for name in ("num_steps", "sampler")}
     with (
         DrawingPool(folder, psutil.cpu_count(logical=False) or 1, model.precision) as pool,
         Progress(*columns, console=Console(stderr=True)) as bar,
@@ -74,7 +73,7 @@ def _judge_arms(model: Unclip, folder: Path, judge: Judge, count: int) -> tuple[
             def progress(done: float, _total: int, number: int = number) -> None:
                 bar.update(row, completed=int(number * count + done))
 
-            options = {"by": by, "tell_captions": told, "guidance_scale": guidance_scale, **drawing}
+            options = {"by": by, "tell_captions": told, "guidance_scale": guidance_scale}
             pictures[name] = pool.draw(captions, seeds, progress, **options)
             right[name] = correct(judge(pictures[name]), wanted)
     real_all = float(real_right["all"].mean())

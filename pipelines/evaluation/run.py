@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from genmodels.metrics.figure import Conditions
 from infra.errors import BadRequest
 from infra.mlflow_store import check_tracking
 from infra.storage import run_root
+from pipelines.drawing_options import complete_options
 from pipelines.evaluation.curves import measure_curves
 from pipelines.evaluation.figures import Measured, Sets, measure_figures
 from pipelines.evaluation.findings import findings
@@ -62,6 +63,7 @@ def evaluate(request: Request) -> dict[str, Any]:
     """
     clock = _Clock()
     subject = find_subject(request.model, request.tracking_uri)
+    request = replace(request, options=complete_options(request.options, subject.folder))
     if request.perceptual is not None and subject.kind != "autoencoder":
         raise BadRequest(f"--lpips compares an autoencoder's reconstructions, and {request.model} is no autoencoder")
     if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():

@@ -12,13 +12,11 @@ from genmodels.clip.layout import clip_sizes
 from genmodels.families import members_of
 from infra import storage
 from infra.errors import BadRequest
-from pipelines.data.fixed import read_fixed
-from pipelines.data.index import DatasetIndex, Location
-from pipelines.data.spec import ArraySpec, SampleSpec
+from pipelines.data.index import Location
+from pipelines.data.spec import ArraySpec
 from pipelines.training.config import TrainConfig
 
 ENCODERS = "encoders.json"  # beside shards: which models made the arrays in them
-_AT_ONCE = 64
 _TOLD_ARRAYS = ("image_embeddings", "latent_moments")
 
 
@@ -49,6 +47,13 @@ def sample_arrays(config: TrainConfig, inputs: Path) -> tuple[tuple[ArraySpec, .
                 raise BadRequest(f"objective.members read different {array.member}: give all of them the same")
     if config.evaluation.every or not arrays:
         sizes.append(config.objective.image_size)
+    if max(sizes) > config.objective.image_size:
+        for name, member in members_of(config.objective).items():
+            if clip_reference(member) is None:  # it would be trained on images that are too large
+                raise BadRequest(
+                    f"objective.members.{name}: the CLIP of another member reads images of {max(sizes)} pixels, and "
+                    f"this one of {member.image_size}: read embeddings from shards (member), or train them apart"
+                )
     return tuple(arrays[name] for name in _TOLD_ARRAYS if name in arrays), max(sizes)
 
 
@@ -70,33 +75,6 @@ def _member_arrays(name: str, member: Any, inputs: Path) -> tuple[list[ArraySpec
         arrays.append(ArraySpec("latent_moments", latents, shape))
         reads_images = clip_reference(member) is not None and stored is None
     return arrays, size if reads_images else 0
-
-
-def complete_clip(objective: Any, config: TrainConfig, index: DatasetIndex, inputs: Path) -> None:
-    """Put a prior's tokenizer, its CLIP's, in its place; and measure how the embeddings of a CLIP are distributed that
-    came without, on samples of this run."""
-    if clip_reference(objective) is None:
-        return
-    import torch
-
-    from genmodels.clip.frozen import FrozenClip
-    from genmodels.clip.statistics import EmbeddingStatistics
-    from genmodels.text.tokenizer import save
-
-    clip = FrozenClip.from_folder(inputs / "clip")
-    if isinstance(getattr(objective, "clip", None), str):  # the priors read captions as their CLIP does
-        save(clip.tokenizer, inputs / "tokenizer")
-    if clip.statistics is not None:
-        return
-    print(f"measuring the embeddings of the CLIP on {config.run.finish_samples} samples", flush=True)
-    images, texts = [], []
-    spec = SampleSpec(clip.image_size, caption=config.data.caption)
-    for batch in read_fixed(index, spec, config.run.finish_samples, _AT_ONCE):
-        good = batch["weight"] > 0
-        images.append(clip.embed_images(batch["images"][good].float() / 127.5 - 1))
-        captions = [text for text, kept in zip(batch["captions"], good.tolist(), strict=True) if kept]
-        texts.append(clip.read_texts(clip.tokens(captions))[2])
-    EmbeddingStatistics.measure(torch.cat(images), torch.cat(texts)).save(inputs / "clip")
 
 
 def check_encoders(config: TrainConfig, inputs: Path) -> None:

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from genmodels.clip.frozen import fit
 from genmodels.features.extractor import FeatureExtractor
 from genmodels.metrics.frechet import FeatureSums, Gaussian
 from genmodels.objective import Drawing
@@ -27,13 +28,22 @@ class DrawnPictures:
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, real: Iterable[RankBatch], asked: list[RankBatch], drawing: Drawing
+        self,
+        extractor: FeatureExtractor,
+        real: Iterable[RankBatch],
+        asked: list[RankBatch],
+        drawing: Drawing,
+        image_size: int | None = None,
     ) -> None:
-        """Args: `real` and `asked` are the rank's parts of the real pictures and of the samples to draw."""
+        """Args: `real` and `asked` are the rank's parts of the real pictures and of the samples to draw; `image_size`
+        is that of drawn pictures, where a CLIP may read the real ones larger."""
         self.extractor, self.asked, self.drawing = extractor, asked, drawing
         sums = FeatureSums.zero(extractor.dimensions)
         for batch in real:
-            self._add(sums, batch["images"].permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+            images = batch["images"]
+            if image_size not in (None, images.shape[-1]):
+                images = _bytes(fit(images.float() / 127.5 - 1, image_size))
+            self._add(sums, images.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
         self.real = self._summed(sums)
 
     def measure(self, trainer: Trainer, step: int) -> dict[str, float]:
@@ -43,7 +53,7 @@ class DrawnPictures:
             for batch in self.asked:
                 drawn = trainer.objective.draw(trainer.to_device(batch, step), self.drawing)
                 assert drawn is not None  # `check_phases` refuses objectives that draw nothing
-                pictures = ((drawn.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+                pictures = _bytes(drawn.float())
                 with torch.autocast(trainer.device.type, enabled=False):  # as real pictures are measured
                     self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
         found = torch.tensor(0.0, dtype=torch.float64, device=trainer.device)
@@ -68,6 +78,10 @@ class DrawnPictures:
                 dist.all_reduce(part)
         count, total, outer = (part.cpu().numpy() for part in parts)
         return FeatureSums(round(float(count)), total, outer).gaussian()
+
+
+def _bytes(images: Tensor) -> Tensor:
+    return ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _rank() -> int:

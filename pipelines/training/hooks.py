@@ -158,6 +158,7 @@ class RunHooks:
                 read_fixed(self.validation_index, self.spec, asked.reference_count, *part),
                 self._fixed_batches("held_out", asked.count, *part),
                 Drawing(asked.num_steps, asked.guidance_scale, asked.sampler),
+                self.config.objective.image_size,
             )
         metrics = self._drawn.measure(trainer, step)
         self._report(step, metrics)

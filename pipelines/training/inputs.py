@@ -25,9 +25,10 @@ from infra.exports import folder_digest
 from pipelines.data.captions import read_captions
 from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
+from pipelines.training.clip import complete_clip
 from pipelines.training.cluster import local_cpus
 from pipelines.training.config import TrainConfig, load_config
-from pipelines.training.embeddings import check_encoders, clip_reference, complete_clip, sample_arrays
+from pipelines.training.embeddings import check_encoders, clip_reference, sample_arrays
 from pipelines.training.export import find_export, resolve_reference
 from pipelines.training.run_folder import RunFolder, root_of
 
@@ -249,6 +250,7 @@ def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
         condition_image=next((condition.member for condition in told if condition.kind == "member"), None),
         sizes=any(getattr(member, "size_conditioning", False) for member in members),
         arrays=arrays,
+        label=next((zero_shot.label for member in members if (zero_shot := getattr(member, "zero_shot", None))), None),
     )
     tokenizer = inputs / "tokenizer"
     if not tokenizer.is_dir():

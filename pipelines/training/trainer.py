@@ -191,6 +191,7 @@ class Trainer:
         """The objective's figures on held-out data, with averaged weights. Collective."""
         log = MeanLog()
         with self.with_ema(), self.autocast():
+            self.objective.begin_validation()
             for batch in batches:
                 log.add(self.objective.validate(self.to_device(batch, step)), "val_")
         return log.read()

@@ -10,10 +10,14 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
+from genmodels.unclip.layout import check_augmentation
+from infra import storage
 from infra.errors import BadRequest
-from pipelines.training.config import TrainConfig, load_config, override, read_preset
-from pipelines.training.embeddings import clip_reference
+from pipelines.data.decode import IMAGE_SUFFIXES
+from pipelines.training.config import TrainConfig, absolute_url, load_config
+from pipelines.training.embeddings import clip_reference, embedding_member
 from pipelines.training.explain import explain
+from pipelines.training.presets import override, read_preset, with_run_root
 
 _TAKEN = ("clip", "decoder")
 _SAMPLERS = Literal["ddpm", "ddim", "dpm_solver++", "euler", "heun", "euler_ancestral"]
@@ -54,11 +58,26 @@ class DrawingConfig(Section):
     upsamplers: dict[str, UpsamplerDrawing] = Field({}, description="by name")
 
 
+class TrainedClip(Section):
+    """A CLIP that is trained already: it is copied into the folder of the joined model, for all stages."""
+
+    path: str = Field(description="folder, checkpoint or models:/NAME of a CLIP, or hub name of a CLIPModel")
+    data_url: str = Field(description="shards with images and captions: what embeddings are made of")
+    validation_url: str | None = Field(None, description="held-out shards, likewise")
+    caption: str | None = Field("txt", description="shard member with the caption, as data.caption")
+    samples: int = Field(10_000, gt=1, description="to measure how the embeddings are distributed, if it came without")
+
+    _paths_are_absolute = field_validator("data_url", "validation_url")(absolute_url)
+
+
 class UnclipConfig(Section):
     """All stages: CLIP, priors, decoder, upsamplers; without CLIP and priors a cascade that reads captions alone."""
 
     name: str = Field(description="names the folder of the joined model, and the MLflow run of all stages")
-    clip: str | None = Field(None, description="preset of the CLIP; null: none, as in Imagen's cascade")
+    clip: str | None = Field(
+        None, description="preset of the CLIP; null: trained_clip, or none, as in Imagen's cascade"
+    )
+    trained_clip: TrainedClip | None = Field(None, description="in place of clip: one that is trained already")
     priors: dict[str, str] = Field({}, description="presets of the priors by name; the first is drawn with")
     decoder: str = Field(description="preset of the decoder")
     upsamplers: dict[str, str] = Field({}, description="presets of the upsamplers by name, from small to large")
@@ -78,7 +97,9 @@ class UnclipConfig(Section):
 
     @model_validator(mode="after")
     def _names_are_different(self) -> UnclipConfig:
-        if (self.clip is None) != (not self.priors):
+        if self.clip is not None and self.trained_clip is not None:
+            raise ValueError("clip is trained first, trained_clip is taken as it is: give one")
+        if (self.clip is None and self.trained_clip is None) != (not self.priors):
             raise ValueError("clip and priors go together: name both, or none for a cascade that reads captions alone")
         names = [*_TAKEN, *self.priors, *self.upsamplers]
         for name in {*self.priors, *self.upsamplers}:
@@ -111,7 +132,12 @@ def load_stages(preset: str, assignments: list[str]) -> Stages:
         BadRequest: a preset is wrong, or stages do not fit one another; nothing was started.
     """
     tree = read_preset(preset)
-    names = [*_TAKEN, *(tree.get("priors") or {}), *(tree.get("upsamplers") or {})]
+    names = [
+        *(["clip"] if tree.get("trained_clip") is None else []),
+        "decoder",
+        *(tree.get("priors") or {}),
+        *(tree.get("upsamplers") or {}),
+    ]
     of_stages: dict[str, list[str]] = {name: [] for name in names}
     own: list[str] = []
     for assignment in assignments:
@@ -121,7 +147,7 @@ def load_stages(preset: str, assignments: list[str]) -> Stages:
         else:
             own.append(assignment)
     try:
-        config = UnclipConfig.model_validate(override(tree, own))
+        config = UnclipConfig.model_validate(with_run_root(override(tree, own)))
     except ValidationError as error:
         raise BadRequest("; ".join(explain(error, UnclipConfig))) from None
     shared = [f"tracking.experiment={config.experiment}"]
@@ -135,8 +161,31 @@ def load_stages(preset: str, assignments: list[str]) -> Stages:
             raise BadRequest(f"{name}: {error}") from None
     if config.clip is not None and (of_stages["clip"] or config.root is not None):
         trainings = _with_this_clip(trainings, config.clip)
+    if config.trained_clip is not None:
+        place = clip_folder(config, next(iter(trainings.values())))
+        trainings = {name: _told_of(training, place) for name, training in trainings.items()}
     check_stages(config, trainings)
     return Stages(config, trainings)
+
+
+def clip_folder(config: UnclipConfig, training: TrainConfig) -> str:
+    """Where a CLIP that is trained already is copied to."""
+    from pipelines.training.run_folder import root_of
+
+    return storage.join(root_of(training), config.name, "clip")
+
+
+def _told_of(training: TrainConfig, clip: str) -> TrainConfig:
+    """A stage with its CLIP's place in place of the one that its preset names; others as they are."""
+    if (found := clip_reference(training.objective)) is None:
+        return training
+    tree = json.loads(training.model_dump_json())
+    *sections, key = found[0].split(".")
+    section = tree["objective"]
+    for name in sections:
+        section = section[name]
+    section[key] = clip
+    return TrainConfig.model_validate(tree)
 
 
 def _with_this_clip(trainings: dict[str, TrainConfig], preset: str) -> dict[str, TrainConfig]:
@@ -153,7 +202,6 @@ def _with_this_clip(trainings: dict[str, TrainConfig], preset: str) -> dict[str,
 
 def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
     """Raise BadRequest where stages are of another kind, or do not follow one another in size."""
-    decoder = trainings["decoder"].objective
     kinds = {"clip": ("clip",), **dict.fromkeys(config.priors, ("diffusion_prior", "autoregressive_prior"))}
     for name, training in trainings.items():
         allowed = kinds.get(name, ("latent_diffusion",))
@@ -161,6 +209,19 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
             raise BadRequest(
                 f"{name}: trains objective.kind={training.objective.kind}, and should {' or '.join(allowed)}"
             )
+    _check_told(config, trainings)
+    _check_kept(config, trainings)
+    _check_upsamplers(config, trainings)
+    for name in config.priors:
+        drawn = config.drawing.priors.get(name, PriorDrawing())
+        steps = drawn.num_steps is not None or drawn.candidates is not None
+        if steps and trainings[name].objective.kind != "diffusion_prior":
+            raise BadRequest(f"drawing.priors.{name}: num_steps and candidates are of diffusion priors")
+
+
+def _check_told(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
+    """The decoder is told what there is: embeddings of the priors' CLIP, or captions."""
+    decoder = trainings["decoder"].objective
     embedding = getattr(decoder, "image_embedding", None)
     if embedding is None and config.priors:
         raise BadRequest("decoder: is told no image embeddings: set decoder.objective.image_embedding.clip")
@@ -176,7 +237,30 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
     if len(set(references.values())) > 1:
         told = "; ".join(f"{name}: {reference}" for name, reference in references.items())
         raise BadRequest(f"the stages name different CLIPs: {told}; give all the same")
-    size, before = decoder.image_size, "decoder"
+
+
+def _check_kept(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
+    """What stages read beside embeddings is kept in the shards that are written for them."""
+    source = trainings["clip"].data.url if config.trained_clip is None and config.clip is not None else None
+    source = config.trained_clip.data_url if config.trained_clip is not None else source
+    for name, training in trainings.items():
+        objective: Any = training.objective
+        if source is None or embedding_member(objective) is None or training.data.url == source:
+            continue
+        told = getattr(objective, "image_embedding", None) is not None
+        if told and objective.latent_member is None and not {*config.keep} & {*IMAGE_SUFFIXES}:
+            raise BadRequest(
+                f"{name}: reads images beside their embeddings, and keep={','.join(config.keep)} leaves them out: add "
+                "the images' member, such as jpg"
+            )
+        caption = (training.data.caption or "").partition(":")[0]
+        if caption and getattr(objective, "conditional", False) and caption not in config.keep:
+            raise BadRequest(f"{name}: reads captions from {caption}, which keep={','.join(config.keep)} leaves out")
+
+
+def _check_upsamplers(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
+    """Each begins at the size where the stage before it ends, and draws as it was trained."""
+    size, before = trainings["decoder"].objective.image_size, "decoder"
     for name in config.upsamplers:
         objective: Any = trainings[name].objective
         told = objective.image_condition
@@ -189,9 +273,9 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
             )
         if objective.autoencoder is not None or objective.conditional:
             raise BadRequest(f"{name}: an upsampler makes pixels, and is told neither captions nor classes")
+        drawing = config.drawing.upsamplers.get(name, UpsamplerDrawing()).model_dump()
+        try:
+            check_augmentation(name, before == "decoder", told.augmentation, drawing)
+        except ValueError as error:
+            raise BadRequest(f"drawing.upsamplers.{error}") from None
         size, before = objective.image_size, name
-    for name in config.priors:
-        drawn = config.drawing.priors.get(name, PriorDrawing())
-        steps = drawn.num_steps is not None or drawn.candidates is not None
-        if steps and trainings[name].objective.kind != "diffusion_prior":
-            raise BadRequest(f"drawing.priors.{name}: num_steps and candidates are of diffusion priors")

@@ -20,12 +20,13 @@ from infra import storage, tracking
 from infra.errors import BadRequest
 from pipelines.data.index import load_index
 from pipelines.encoding import REQUEST, Encoders, encode, open_clip
+from pipelines.training.clip import place_clip
 from pipelines.training.config import TrainConfig, flatten
 from pipelines.training.embeddings import embedding_member
 from pipelines.training.launch import draw_demo, git_commit, train
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
-from pipelines.unclip.config import Stages, UnclipConfig
+from pipelines.unclip.config import Stages, UnclipConfig, clip_folder
 
 Train = Callable[[str, TrainConfig, str], dict[str, Any]]
 """Trains a stage: its name, its configuration, and the MLflow run that it is a part of; returns its summary."""
@@ -59,11 +60,14 @@ def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, An
         try:
             done: dict[str, dict[str, Any]] = {}
             encoded: list[dict[str, Any]] = []
+            if config.trained_clip is not None:
+                encoded = _encode_by_trained(stages, uri)
             for name, training in stages.trainings.items():
                 draw_demo(training)
                 done[name] = train_stage(name, training, run_id)
                 if name == "clip":
-                    encoded = encode_for(stages, done["clip"])
+                    source = training.data
+                    encoded = encode_for(stages, done["clip"]["export"], source.url, source.validation_url)
             summary = _publish(stages, folder, uri, run_id, done)
         except BaseException:
             tracking.finish_run(uri, run_id, "FAILED")
@@ -73,19 +77,32 @@ def train_stages(stages: Stages, train_stage: Train = train_one) -> dict[str, An
     return {**summary, "outcomes": outcomes, "encoded": encoded, "stages": done, "seconds": time.time() - began}
 
 
-def encode_for(stages: Stages, clip: dict[str, Any]) -> list[dict[str, Any]]:
-    """Write the shards with embeddings that stages read, of the shards that the CLIP was trained on."""
-    trainings, source = stages.trainings, stages.trainings["clip"].data
+def _encode_by_trained(stages: Stages, uri: str) -> list[dict[str, Any]]:
+    """Put the CLIP that is trained already where the stages look for it, and write the shards with its embeddings."""
+    given, first = stages.config.trained_clip, next(iter(stages.trainings.values()))
+    assert given is not None
+    for training in stages.trainings.values():
+        draw_demo(training)
+    index = load_index(given.data_url, storage.join(str(storage.run_root()), "index"))
+    try:
+        own = place_clip(given.path, clip_folder(stages.config, first), uri, index, given.caption, given.samples)
+    except BadRequest as error:
+        raise BadRequest(f"trained_clip: {error}") from None
+    return encode_for(stages, own, given.data_url, given.validation_url)
+
+
+def encode_for(stages: Stages, clip: str, url: str, validation_url: str | None) -> list[dict[str, Any]]:
+    """Write the shards with embeddings that stages read, by the CLIP in a folder, of shards with images."""
     wanted: dict[str, str] = {}  # new shards: of which
-    for training in trainings.values():
+    for training in stages.trainings.values():
         if embedding_member(training.objective) is None:
             continue
-        for new, old in ((training.data.url, source.url), (training.data.validation_url, source.validation_url)):
+        for new, old in ((training.data.url, url), (training.data.validation_url, validation_url)):
             if new is not None and old is not None and new != old:
                 wanted[new] = old
     if not wanted:
         return []
-    encoders = Encoders(open_clip(clip["export"]), None, 0, tuple(stages.config.keep))
+    encoders = Encoders(open_clip(clip), None, 0, tuple(stages.config.keep))
     return [encode(old, new, encoders, overwrite=_made_of(new, old, encoders)) for new, old in wanted.items()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipelines.data.index import Location, load_index, write_index
 from pipelines.data.read import build_batch, read_chunks
 from pipelines.data.spec import ArraySpec, SampleSpec
 from pipelines.data.write import ShardWriter
-from pipelines.encoding import CLIP_MEMBER, LATENT_MEMBER, Encoders, encode_shard
+from pipelines.encoding import CLIP_MEMBER, LATENT_MEMBER, Encoders, encode, encode_shard
 from tests.genmodels import tiny
 
 SIZE, BROKEN = 16, 3
@@ -82,6 +83,21 @@ def test_what_is_stored_is_what_the_models_compute(half: bool, source: str, inpu
     assert not wrong["weight"].any() and "is float" in wrong["reasons"][0] and "(24,)" in wrong["reasons"][0]
     described = encoders.describe()
     assert described[CLIP_MEMBER]["digest"] == clip.digest and described[LATENT_MEMBER]["digest"] == codec.digest
+
+
+@pytest.mark.slow
+def test_shards_in_folders_of_their_own_are_written_beside_each_other(
+    source: str, inputs: Path, tmp_path: Path, local_ray: None
+) -> None:
+    for part in ("one", "two"):
+        shutil.copytree(source, tmp_path / "nested" / part, ignore=shutil.ignore_patterns("*index*"))
+    encoders = Encoders(FrozenClip.from_folder(inputs / "clip"), None, 0, ("txt",))
+    out = str(tmp_path / "out")
+    found = encode(str(tmp_path / "nested" / "*" / "*.tar"), out, encoders)
+    index = load_index(out)
+    assert index.names == ["one--00000.tar", "two--00000.tar"]
+    assert (found["shards"], found["samples"], index.digest) == (2, index.samples, found["index_digest"])
+    assert encode(str(tmp_path / "nested" / "*" / "*.tar"), out, encoders)["written"] == 0
 
 
 def test_an_array_that_is_no_array_is_a_bad_sample() -> None:

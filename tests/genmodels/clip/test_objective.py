@@ -216,6 +216,28 @@ def test_latent_diffusion_reads_text_with_the_export(inputs: Path, tmp_path: Pat
     assert diffusion.loss(batch).loss.isfinite()
 
 
+def test_images_are_classified_by_sentences_alone(inputs: Path) -> None:
+    """Against the embeddings of the sentences by hand; a sample without a label counts nowhere."""
+    classes = {"7": "seven", "3": "three"}
+    told = {"label": "json:digit", "classes": classes, "templates": ["a red {}", "a blue {} on paper"]}
+    torch.manual_seed(0)
+    objective: Any = build_objective(tiny.clip_config(zero_shot=told), inputs)
+    batch = given(inputs, 6)
+    batch["labels"], batch["weight"] = ["7", "3", "7", "", "4", "3"], torch.tensor([1.0, 1, 1, 1, 1, 0])
+    with torch.no_grad():
+        objective.begin_validation()
+        found = objective.validate(batch)["zero_shot_accuracy"]
+        names = [[f"a red {name}", f"a blue {name} on paper"] for name in classes.values()]
+        means = torch.stack([objective.embed_texts(pair).mean(0) for pair in names])
+        images = objective.clip(batch["images"], batch["token_ids"]).images[:3]
+    nearest = (images @ torch.nn.functional.normalize(means, dim=1).T).argmax(1).tolist()
+    right = [["7", "3"][number] for number in nearest]
+    assert found.count == 3
+    assert found.total == sum(one == other for one, other in zip(right, ["7", "3", "7"], strict=True))
+    with pytest.raises(ValueError, match=r"needs one \{\}"):
+        tiny.clip_config(zero_shot={**told, "templates": ["a photo"]})
+
+
 def test_misfits_are_named(inputs: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a multiple of 4"):
         tiny.clip_config(image_size=18)

@@ -88,6 +88,8 @@ def test_it_is_trained_on_crops_told_the_level_and_draws_whole_images(tmp_path: 
     told = objective.condition(view, dropout=True)
     assert told["image"].shape == (4, 3, 8, 8) and ((told["level"] > 0) & (told["level"] < 0.3)).all()
     assert objective.loss(batch).loss.isfinite()
+    whole = _upsampler(crop=None).flops_per_sample()
+    assert 3.5 < whole / objective.flops_per_sample() < 4.1, "what is computed in training is counted"
     objective.denoiser.eval()
     noisy, timesteps = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)), torch.full((4,), 300)
     with torch.no_grad():

@@ -101,6 +101,8 @@ def test_the_denoiser_does_not_see_padding_either_and_the_export_draws(inputs: P
     assert abs(model.draw(tiny.CAPTIONS[1:2], [2], num_steps=3)[0].astype(int) - drawn[1]).max() <= 1
     with pytest.raises(ValueError, match="padding must not be seen"):
         build_objective(config(denoiser={"kind": "dit", "width": 16, "depth": 1, "heads": 2}), inputs)
+    with pytest.raises(ValueError, match="without pooled_text alone takes care"):
+        build_objective(config(denoiser={**tiny.UNET, "pooled_text": True}), inputs)
 
 
 def test_dynamic_thresholding_is_that_of_diffusers_and_keeps_images_in_range() -> None:

@@ -87,6 +87,16 @@ def test_each_way_from_a_sentence_to_an_embedding_draws_differently(model: Uncli
         model.draw(PROMPTS, SEEDS, by="best")
 
 
+def test_what_is_not_asked_for_is_drawn_as_the_model_says(stages: Path, tmp_path: Path) -> None:
+    priors, own = {"prior": stages / "prior"}, {"num_steps": 4, "guidance_scale": 3.5, "sampler": "dpm_solver++"}
+    join(tmp_path / "own", priors, stages / "decoder", {"up": stages / "up"}, {"decoder": own})
+    model: Any = open_drawing_model(tmp_path / "own")
+    drawn = model.draw(PROMPTS, SEEDS)
+    assert drawn.tobytes() == model.draw(PROMPTS, SEEDS, **own).tobytes()
+    for other in ({"num_steps": 3}, {"guidance_scale": 1.0}, {"sampler": "ddim"}):
+        assert far(model.draw(PROMPTS, SEEDS, **other), drawn) > 1
+
+
 def test_what_is_steered_away_from_matters(model: Unclip) -> None:
     plain = model.draw(PROMPTS, SEEDS, **QUICK)
     assert far(model.draw(PROMPTS, SEEDS, ["blue 3"] * 3, **QUICK), plain) > 1
@@ -187,6 +197,17 @@ def test_stages_that_do_not_fit_are_refused_with_both_values(stages: Path, input
         join(tmp_path / "f", {"prior": stages / "prior"}, stages / "up", {})
     with pytest.raises(ValueError, match=r"up: .* is no upsampler"):
         join(tmp_path / "g", {"prior": stages / "prior"}, stages / "decoder", {"up": stages / "decoder"})
+    text = export(tmp_path / "text", tiny.upsampler_config(text_encoder=tiny.TEXT, denoiser=tiny.UNET), inputs)
+    with pytest.raises(ValueError, match=r"up: .* an upsampler makes pixels of pixels"):
+        join(tmp_path / "i", {"prior": stages / "prior"}, stages / "decoder", {"up": text})
+    for name, told, match in (
+        ("up", {"augmentation_level": 0.6}, "up: augmentation_level 0.6 is more than it was trained with, .* 0.3"),
+        ("up", {"augmentation": "truncated"}, "up: truncated augmentation needs an augmentation_level above 0"),
+        ("larger", {"augmentation": "truncated", "augmentation_level": 0.1}, "larger: truncated .* first upsampler"),
+    ):
+        both = {"up": stages / "up", "larger": large}
+        with pytest.raises(ValueError, match=match):
+            join(tmp_path / "j", {"prior": stages / "prior"}, stages / "decoder", both, {"upsamplers": {name: told}})
     # Three times the size again: 8, 16, 32.
     join(tmp_path / "h", {"prior": stages / "prior"}, stages / "decoder", {"up": stages / "up", "larger": large})
     assert open_drawing_model(tmp_path / "h").image_size == 32

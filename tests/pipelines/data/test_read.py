@@ -230,6 +230,16 @@ def test_captions_from_json_and_a_choice_that_changes_from_epoch_to_epoch(tmp_pa
     assert all(row["weight"] == 1 for row in rows(order, SampleSpec(8, caption=None), 0, 2))
 
 
+def test_the_name_of_a_class_is_read_and_a_sample_without_one_is_kept(tmp_path):
+    members = [("a.png", encode(numbered_image(1))), ("a.json", b'{"digit": 7}'), ("b.png", encode(numbered_image(2)))]
+    write_tar(tmp_path / "a.tar", [*members, ("b.json", b"[7]"), ("b.cls", b" seven\n")])
+    index = load_index(str(tmp_path), progress=False)
+    for label, wanted in (("json:digit", ["7", ""]), ("cls", ["", "seven"]), ("json:none", ["", ""])):
+        (batch,) = fixed_batches(index, SampleSpec(8, caption=None, label=label), 2, 2)
+        assert batch["labels"] == wanted and batch["weight"].tolist() == [1, 1]
+    assert "labels" not in fixed_batches(index, SampleSpec(8, caption=None), 2, 2)[0]
+
+
 def test_crop_and_flip_come_from_the_seed(tmp_path):
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:] = np.arange(24, dtype=np.uint8)[None, :, None] * 10

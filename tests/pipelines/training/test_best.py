@@ -187,7 +187,8 @@ def _batch(first: int, last: int, weight: float = 1.0) -> Any:
 def _distance(rank: int, world_size: int) -> float:
     share = 12 // world_size
     mine = [_batch(rank * share, (rank + 1) * share), _batch(0, 3, weight=0.0)]
-    drawn = DrawnPictures(digits_extractor(), mine, mine, Drawing())
+    larger = [{**batch, "images": batch["images"].repeat_interleave(2, 2).repeat_interleave(2, 3)} for batch in mine]
+    drawn = DrawnPictures(digits_extractor(), larger, mine, Drawing(), 8)  # as a CLIP may read them
     trainer: Any = _Drawer()
     return drawn.measure(trainer, 1)["val_frechet_distance"]
 

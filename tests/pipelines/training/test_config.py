@@ -15,15 +15,13 @@ from pydantic import BaseModel
 from infra.errors import BadRequest
 from pipelines.training.config import (
     MAY_CHANGE,
-    PRESETS,
     TrainConfig,
     changes,
     flatten,
     load_config,
-    override,
-    read_preset,
 )
 from pipelines.training.explain import describe_keys, models_in
+from pipelines.training.presets import PRESETS, override, read_preset
 
 # Presets of `train_unclip.py` name presets of stages, and are no training themselves.
 PRESET_NAMES = sorted(path.stem for path in PRESETS.glob("*.yaml") if "run" in read_preset(str(path)))

@@ -13,8 +13,9 @@ from genmodels.families import build_objective, objective_class
 from genmodels.text import tokenizer
 from genmodels.text.encoder import fetch_pretrained
 from pipelines.data.batch import RankBatch
-from pipelines.training.config import PRESETS, TrainConfig, load_config, read_preset
+from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.embeddings import clip_reference, embedding_member
+from pipelines.training.presets import PRESETS, read_preset
 from pipelines.training.trainer import Trainer
 from pipelines.unclip.config import load_stages
 from tests.genmodels.tiny import CAPTIONS

@@ -12,20 +12,24 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 import yaml
 from PIL import Image
 
+from genmodels.clip.frozen import FrozenClip
 from infra.errors import BadRequest
 from infra.mlflow_store import open_client
 from infra.registry import resolve_model
 from pipelines.data.index import load_index
 from pipelines.data.read import read_chunks
 from pipelines.encoding import CLIP_MEMBER, Encoders, encode, open_clip
+from pipelines.training.clip import measure_statistics
 from pipelines.training.embeddings import read_encoders
 from pipelines.training.run_folder import RunFolder
 from pipelines.unclip.config import load_stages
 from pipelines.unclip.run import train_stages
 from tests.genmodels import tiny
+from tests.genmodels.clip.test_objective import TRANSFORMER
 from tests.pipelines.training import small_run
 
 pytestmark = pytest.mark.slow
@@ -173,6 +177,8 @@ def test_every_stage_and_the_whole_draw_from_the_registry(
         (("--model", uri, "a red seven", "--by", "magic"), "no 'magic' in this model to draw by"),
         (("--model", uri, "--image", one, "a prompt"), "--image of unCLIP takes no prompts"),
         (("--model", uri, "--to", other, "a prompt"), "name it with --image"),
+        (("--model", uri, "--image", one, "--to", other, "--seeds", "1,2"), "drawn from one seed; give one"),
+        (("--model", uri, "--image", one, "--seeds", str(2**63)), "at most 63 bits"),
         (("--model", uri, "--image", one, "--from-text", "a"), "--from-text and --to-text go together"),
         (("--model", decoder, "a red seven", "--by", "prior"), "--by is of models of all stages"),
     ):
@@ -195,6 +201,10 @@ def test_stages_that_do_not_fit_are_refused_before_anything_starts(stages_preset
         (["upsamplers={upsampler: " + tree["clip"] + "}"], "upsampler: trains objective.kind=clip"),
         (["drawing.priors.ar_prior.num_steps=3"], "num_steps and candidates are of diffusion priors"),
         (["decoder=nothing"], "there is no preset 'nothing'"),
+        (["keep=[txt]"], "decoder: reads images beside their embeddings, and keep=txt leaves them out"),
+        (["keep=[png]"], "prior: reads captions from txt, which keep=png leaves out"),
+        (["drawing.upsamplers.upsampler.augmentation_level=0.7"], r"drawing.upsamplers.upsampler: .* 0.7 is more than"),
+        (["trained_clip={path: a, data_url: b}"], "clip is trained first, trained_clip is taken as it is: give one"),
     ):
         with pytest.raises(BadRequest, match=match):
             load_stages(stages_preset, overrides)
@@ -252,9 +262,6 @@ def test_a_clip_of_transformers_is_taken_from_its_folder_and_measured(
     stages_preset: str, train: Train, tmp_path: Path, trained: dict[str, Any], run_root: Path
 ) -> None:
     """A decoder whose embeddings are made as the images come, by a CLIPModel that this project did not train."""
-    from genmodels.clip.frozen import FrozenClip
-    from tests.genmodels.clip.test_objective import TRANSFORMER
-
     tree = yaml.safe_load(Path(stages_preset).read_text())
     folder = resolve_model(trained["stages"]["clip"]["export"])
     inputs = tmp_path / "inputs"
@@ -275,3 +282,51 @@ def test_a_clip_of_transformers_is_taken_from_its_folder_and_measured(
     assert clip.statistics is not None and clip.statistics.count == 64
     told = json.loads((Path(summary["export"]) / "genmodels.json").read_text())["image_embedding"]["clip"]
     assert told["digest"] == clip.digest and summary["outcome"] == "trained"
+
+
+def test_all_stages_stand_on_a_clip_that_was_trained_elsewhere(
+    stages_preset: str, train: Train, tmp_path: Path, trained: dict[str, Any], run_root: Path, monkeypatch: Any
+) -> None:
+    """A CLIPModel without statistics: copied, measured once, and the same for stages that read embeddings from shards
+    and one that makes them as the images come."""
+    monkeypatch.setenv("RUN_ROOT", str(run_root))
+    inputs, source = tmp_path / "inputs", str(run_root / "digits")
+    inputs.mkdir()
+    shutil.copytree(resolve_model(trained["stages"]["clip"]["export"]) / "tokenizer", inputs / "tokenizer")
+    plain = tiny.write_clip(tmp_path / "plain", inputs, image_encoder=TRANSFORMER)
+    for name in ("clip.json", "statistics.safetensors"):
+        (plain / name).unlink()
+    tree = yaml.safe_load(Path(stages_preset).read_text())
+    tree |= {"name": "tiny-elsewhere", "clip": None, "priors": {"prior": tree["priors"]["prior"]}, "keep": ["txt"]}
+    tree |= {"drawing": {}, "upsamplers": {}, "register_as": None}
+    tree["trained_clip"] = {"path": str(plain), "data_url": source, "samples": 64}
+    path = tmp_path / "elsewhere.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    encoded = str(run_root / "digits-elsewhere")
+    overrides = [
+        *(f"{name}.run.name=elsewhere-{name}" for name in ("prior", "decoder")),
+        *(f"{name}.tracking.register_as=null" for name in ("prior", "decoder")),
+        f"prior.data.url={encoded}",
+        f"decoder.data.url={source}",
+        "decoder.objective.image_embedding.member=null",
+    ]
+    summary = train_stages(load_stages(str(path), overrides))
+    assert summary["outcomes"] == {"prior": "trained", "decoder": "trained"}
+    assert [each["url"] for each in summary["encoded"]] == [encoded]
+    clip = FrozenClip.from_folder(run_root / "tiny-elsewhere" / "clip")
+    assert clip.statistics is not None and clip.statistics.count == 64
+    assert summary["clip"] == json.loads(json.dumps(clip.describe()))
+    assert load_index(encoded).samples == summary["samples"]
+    # Shards that keep no images: measured on the embeddings in them.
+    bare = FrozenClip.from_folder(plain)
+    assert bare.statistics is None and bare.digest == clip.digest
+    found = measure_statistics(bare, load_index(encoded), "txt", 64, CLIP_MEMBER)
+    torch.testing.assert_close(found.covariance, clip.statistics.covariance, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(found.mean, clip.statistics.mean, atol=1e-6, rtol=1e-4)
+    assert found.dot_mean == pytest.approx(clip.statistics.dot_mean, abs=1e-5)
+    with pytest.raises(BadRequest, match=r"cannot be measured .*clip.npy: missing"):
+        measure_statistics(bare, load_index(source), "txt", 64, CLIP_MEMBER)
+    tree["trained_clip"]["path"] = str(tmp_path / "nowhere")
+    path.write_text(yaml.safe_dump({**tree, "name": "tiny-nowhere"}))
+    with pytest.raises(BadRequest, match=r"trained_clip: .*nowhere"):
+        train_stages(load_stages(str(path), overrides))

@@ -5,20 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from genmodels.unclip.layout import INDEX
+from genmodels.gan.layout import INDEX as OF_GAN
+from genmodels.unclip.layout import INDEX as OF_UNCLIP
 
 if TYPE_CHECKING:
     from genmodels.diffusion.pipeline import TextToImage
+    from genmodels.gan.pipeline import GanModel
     from genmodels.unclip.pipeline import Unclip
 
+    DrawingModel = TextToImage | Unclip | GanModel
 
-def open_drawing_model(folder: Path, device: str = "cpu", precision: str = "fp32") -> TextToImage | Unclip:
-    """A diffusion model, or all stages of unCLIP; see `TextToImage.from_folder` and `Unclip.from_folder`.
+
+def open_drawing_model(folder: Path, device: str = "cpu", precision: str = "fp32") -> DrawingModel:
+    """A diffusion model, all stages of unCLIP, or a GAN; see their `from_folder`.
 
     Raises:
         ValueError: a part is missing or the precision unknown; the message names it.
     """
-    if (Path(folder) / INDEX).is_file():
+    if (Path(folder) / OF_GAN).is_file():
+        from genmodels.gan.pipeline import GanModel
+
+        return GanModel.from_folder(Path(folder), device, precision)
+    if (Path(folder) / OF_UNCLIP).is_file():
         from genmodels.unclip.pipeline import Unclip
 
         return Unclip.from_folder(Path(folder), device, precision)

@@ -16,12 +16,20 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.gan.config import GanConfig
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
 
 if TYPE_CHECKING:
     from genmodels.objective import Objective
 
-_Alone = AutoencoderConfig | ClipConfig | LatentDiffusionConfig | DiffusionPriorConfig | AutoregressivePriorConfig
+_Alone = (
+    AutoencoderConfig
+    | ClipConfig
+    | LatentDiffusionConfig
+    | DiffusionPriorConfig
+    | AutoregressivePriorConfig
+    | GanConfig
+)
 MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
 
@@ -46,6 +54,9 @@ class SideBySideConfig(Section):
         images = {condition.member for condition in told if condition is not None and condition.kind == "member"}
         if len(images) > 1:
             raise ValueError(f"members are told the same image of a sample, not {', '.join(sorted(images))}")
+        shown = [getattr(member, "zero_shot", None) for member in self.members.values()]
+        if len(labels := {each.label for each in shown if each is not None}) > 1:
+            raise ValueError(f"members read the same label of a sample, not {', '.join(sorted(labels))}")
         return self
 
     @property
@@ -85,6 +96,10 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.unclip.autoregressive_prior import AutoregressivePrior
 
             return AutoregressivePrior
+        case "gan":
+            from genmodels.gan.objective import Gan
+
+            return Gan
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 

@@ -78,6 +78,7 @@ class Phase:
             then change its meaning, so it is refused, unless it `caches_gradients`.
         caches_gradients: the losses of the micro-batches together have the gradient of the whole batch's: `prepare` has
             seen all of them.
+        clip_weights: after each update the network's weights are cut to ± this; None leaves them.
         double_backward: the loss takes a gradient itself (R1, gradient penalty); ZeRO stage 3 cannot, and is refused.
     """
 
@@ -88,6 +89,7 @@ class Phase:
     couples_samples: bool = False
     caches_gradients: bool = False
     double_backward: bool = False
+    clip_weights: float | None = None
 
     def runs_at(self, step: int) -> bool:
         return step >= self.start_step and step % self.every == 0

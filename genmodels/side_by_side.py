@@ -79,6 +79,10 @@ class SideBySide(Objective):
         for member in self.members.values():
             member.prepare(batches)
 
+    def begin_validation(self) -> None:
+        for member in self.members.values():
+            member.begin_validation()
+
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """Each member's figures."""
         found: dict[str, Mean] = {}

@@ -68,7 +68,7 @@ def weights_digest(network: nn.Module, settings: str) -> str:
 def forward_flops(build: Callable[[], nn.Module], *shapes_and_types: tuple[tuple[int, ...], torch.dtype]) -> float:
     """Floating point operations of one forward pass, counted on the meta device: nothing is computed or allocated."""
     with torch.device("meta"):
-        network = build()
+        network = build().requires_grad_(False)
         inputs = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes_and_types]
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():

@@ -106,7 +106,13 @@ def encode_shards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def encode(
-    data: str, out: str, encoders: Encoders, actors: int | None = None, gpus: bool = False, overwrite: bool = False
+    data: str,
+    out: str,
+    encoders: Encoders,
+    actors: int | None = None,
+    gpus: bool = False,
+    overwrite: bool = False,
+    by: str | None = None,
 ) -> dict[str, Any]:
     """Write to `out` the shards of `data` with what `encoders` make of their images; goes on where it was interrupted.
 
@@ -116,6 +122,7 @@ def encode(
         actors: processes side by side [one for each GPU, or core].
         gpus: one GPU for each.
         overwrite: where `out` was written by another request.
+        by: the job whose shards they are; noted beside them.
 
     Raises:
         BadRequest, RunFailed: see `encode_shards`.
@@ -130,7 +137,7 @@ def encode(
         "keep": list(encoders.keep),
         "half": encoders.half,
     }
-    _begin(folder, json.loads(json.dumps(request)), overwrite)
+    _begin(folder, json.loads(json.dumps(request)), overwrite, by)
     names = [new_name(name) for name in index.names]
     if len(set(names)) < len(names):
         raise BadRequest(
@@ -190,18 +197,19 @@ def _absolute(url: str) -> str:
         raise BadRequest(str(error)) from None
 
 
-def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
+def _begin(folder: str, request: dict[str, Any], overwrite: bool, by: str | None) -> None:
     """Say in the folder what is being written there. Raises BadRequest where it holds something else."""
     path = storage.join(folder, REQUEST)
     storage.check_access(folder, write=True)
     if storage.exists(path):
         known = json.loads(storage.read_bytes(path))
-        if known == request:
+        if {key: known.get(key) for key in request} == request:
             return
         different = ", ".join(key for key in request if known.get(key) != request[key])
         if not overwrite:
             raise BadRequest(
-                f"{folder} holds shards of another request (other {different}): name another, or --overwrite"
+                f"{folder} holds shards of another request (other {different}): name another folder, remove this one, "
+                "or write it again by encode_latents.py --overwrite"
             )
     filesystem, local = storage.open_filesystem(folder)
     others = [name for pattern in ("*.tar", "index*.json") for name in filesystem.glob(f"{local}/{pattern}")]
@@ -210,7 +218,7 @@ def _begin(folder: str, request: dict[str, Any], overwrite: bool) -> None:
     for pattern in ("index*.json", "*.tar.index*.json", "*.tar", ENCODERS):
         for name in filesystem.glob(f"{local}/{pattern}"):
             filesystem.rm_file(name)
-    storage.write_bytes(path, json.dumps(request, indent=2).encode())
+    storage.write_bytes(path, json.dumps({**request, "by": by}, indent=2).encode())
 
 
 def new_name(name: str) -> str:

@@ -19,8 +19,7 @@ from pipelines.drawing_options import complete_options, drawing_options
 if TYPE_CHECKING:
     import numpy as np
 
-    from genmodels.diffusion.pipeline import TextToImage
-    from genmodels.unclip.pipeline import Unclip
+    from genmodels.drawing import DrawingModel
 
 _SEEDS = range(-(2**63), 2**63)
 _UNCONDITIONAL_COUNT = 16
@@ -209,7 +208,7 @@ def find_export(model: str, tracking_uri: str | None = None) -> Path:
     return resolve_reference(model, str(run_root()), tracking_uri)
 
 
-def _open(folder: Path, device: str | None, precision: str) -> TextToImage | Unclip:
+def _open(folder: Path, device: str | None, precision: str) -> DrawingModel:
     import torch
 
     from genmodels.drawing import open_drawing_model
@@ -221,7 +220,7 @@ def _open(folder: Path, device: str | None, precision: str) -> TextToImage | Unc
         raise BadRequest(f"{folder}: {error}") from error
 
 
-def _given(model: TextToImage | Unclip, image: str | None, mask: str | None, count: int) -> dict[str, Any]:
+def _given(model: DrawingModel, image: str | None, mask: str | None, count: int) -> dict[str, Any]:
     """`images` and `masks` for `count` pictures, of the size that the model takes; empty for one that takes none.
 
     Raises:
@@ -262,7 +261,7 @@ def _given(model: TextToImage | Unclip, image: str | None, mask: str | None, cou
 
 
 def _draw(
-    model: TextToImage | Unclip,
+    model: DrawingModel,
     prompts: list[str] | None,
     seeds: list[int],
     negative: str | None,

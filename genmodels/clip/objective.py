@@ -119,7 +119,9 @@ class Clip(Objective):
         if zero_shot is None or self.tokenizer is None:
             return
         device = next(self.clip.parameters()).device
-        sentences = [template.format(name) for name in zero_shot.classes.values() for template in zero_shot.templates]
+        sentences = [
+            template.replace("{}", name) for name in zero_shot.classes.values() for template in zero_shot.templates
+        ]
         token_ids = encode(self.tokenizer, sentences)
         found = torch.cat([self.clip.embed_texts(part.to(device)) for part in token_ids.split(_SENTENCES_AT_ONCE)])
         self._classes = normalize(found.float().unflatten(0, (len(zero_shot.classes), -1)).mean(1), dim=1)

@@ -11,7 +11,7 @@ OWN_INDEX = "genmodels.json"
 
 def class_names(folder: Path) -> list[str] | None:
     """The classes that a model was trained on, by label; None where it has none."""
-    for name, key in ((OWN_INDEX, "classes"), ("model_index.json", "id2label")):
+    for name, key in ((OWN_INDEX, "classes"), ("gan.json", "classes"), ("model_index.json", "id2label")):
         if (folder / name).is_file():
             found = json.loads((folder / name).read_text()).get(key)
             if isinstance(found, dict):  # diffusers' DiTPipeline

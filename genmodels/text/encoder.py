@@ -64,6 +64,15 @@ def read_text(encoder: TextEncoder, token_ids: Tensor) -> dict[str, Tensor]:
     return {"text": encoder(input_ids=token_ids, attention_mask=mask).last_hidden_state, "text_mask": mask}
 
 
+def pooled_text(encoder: TextEncoder, token_ids: Tensor) -> Tensor:
+    """One vector for each caption, (batch, width): a CLIP's at the end token, the mean of a T5's over its text."""
+    if not isinstance(encoder, T5EncoderModel):
+        return encoder(token_ids).pooler_output
+    read = read_text(encoder, token_ids)
+    mask = read["text_mask"][..., None].to(read["text"])
+    return (read["text"] * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
 def _is_t5(folder: Path) -> bool:
     return json.loads((folder / "config.json").read_text()).get("model_type") == "t5"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 INDEX = "unclip.json"  # marks the folder
+_PRESERVING = ("ddpm", "ddim", "dpm_solver++")  # the others keep pictures on another scale while they are noisy
 FACTS = "prior.json"  # marks the export of a prior, and says which CLIP it belongs to
 
 
@@ -41,6 +42,19 @@ def check_augmentation(name: str, first: bool, trained: float, drawing: Mapping[
         raise ValueError(f"{name}: truncated augmentation is of the first upsampler, which the decoder hands on to")
     if truncated and not level:
         raise ValueError(f"{name}: truncated augmentation needs an augmentation_level above 0, where the decoder ends")
+
+
+def check_truncation(diffuses_pixels: bool, sampler: str) -> None:
+    """Raise ValueError where a decoder cannot hand on its picture before it is finished.
+
+    Args:
+        diffuses_pixels: whether it does, by a diffusion schedule: no latents, no flow.
+        sampler: its name.
+    """
+    if not diffuses_pixels:
+        raise ValueError("truncated augmentation needs a decoder that diffuses pixels by a diffusion schedule")
+    if sampler not in _PRESERVING:
+        raise ValueError(f"truncated augmentation takes sampler {', '.join(_PRESERVING)}, and not {sampler}")
 
 
 def check_same_clip(named: dict[str, dict[str, Any]]) -> None:

@@ -22,10 +22,9 @@ from genmodels.diffusion.pipeline import TextToImage, to_pixels
 from genmodels.diffusion.sampler import Condition, Guidance, SamplerName, make_sampler, stopped_at
 from genmodels.random import derive_seeds
 from genmodels.unclip import autoregressive_prior, diffusion_prior
-from genmodels.unclip.layout import read_index
+from genmodels.unclip.layout import check_truncation, read_index
 from genmodels.unclip.prior import read_captions
 
-_PRESERVING = ("ddpm", "ddim", "dpm_solver++")  # the others keep pictures on another scale while they are noisy
 TEXT_EMBEDDING, TEXT_ONLY = "text_embedding", "text_only"
 """In place of a prior's image embedding the decoder is told the sentence's own embedding, or the sentence alone: the
 ablations of the paper's section 5.1."""
@@ -321,13 +320,15 @@ class Unclip:
         """Where the decoder ends: 0, or with truncated augmentation where the first upsampler takes over."""
         if not self.upsamplers or self.settings["upsamplers"][0].get("augmentation") != "truncated":
             return 0.0
-        if self.decoder.autoencoder is not None or "beta_schedule" not in self.decoder.sampler_settings:
-            raise ValueError("truncated augmentation needs a decoder that diffuses pixels by a diffusion schedule")
-        if sampler not in _PRESERVING:
-            raise ValueError(f"truncated augmentation takes sampler {', '.join(_PRESERVING)}, and not {sampler}")
+        latents = self.decoder.autoencoder is not None
+        check_truncation(not latents and "beta_schedule" in self.decoder.sampler_settings, sampler)
         if not self.upsamplers[0].denoiser.takes_level:
             raise ValueError("truncated augmentation needs an upsampler that was trained with augmentation")
-        return float(self.settings["upsamplers"][0]["augmentation_level"])
+        # The level is that of the upsampler's training; the decoder's own schedule may come to it elsewhere.
+        level = self.settings["upsamplers"][0]["augmentation_level"]
+        noisy = make_sampler(sampler, self.decoder.sampler_settings).alphas_cumprod  # type: ignore[arg-type]
+        clean = sum(level_of(float(1 - alpha) ** 0.5) <= level for alpha in noisy)
+        return clean / len(noisy)
 
     def _upsample(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,8 @@ from tokenizers import Tokenizer
 
 from infra.errors import BadRequest
 from pipelines.data.decode import IMAGE_SUFFIXES
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class BadCaption(Exception):
@@ -136,7 +139,7 @@ class SampleSpec:
             found = json.loads(text)[name] if name else text
         except (KeyError, ValueError, TypeError, RecursionError):
             return ""
-        return str(found).strip()
+        return str(found).strip().encode("utf-8", "ignore").decode()  # half of an emoji cannot be handed on
 
     def tokenize(self, caption: str) -> NDArray[np.int32]:
         """Token ids, int32 (token_length,)."""
@@ -160,6 +163,8 @@ def _captions_at(place: str, members: Mapping[str, bytes]) -> list[str]:
         raise BadCaption(f"caption: {suffix} member is no JSON object") from error
     texts = value if isinstance(value, list) else [value]
     captions = [text.strip() for text in texts if isinstance(text, str) and text.strip()]
+    if any(_SURROGATE.search(text) for text in captions):  # half of an emoji, which JSON can write
+        raise BadCaption("caption: not Unicode")
     if not captions:
         raise BadCaption("caption: missing" if value is None else "caption: empty")
     return captions

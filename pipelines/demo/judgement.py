@@ -22,8 +22,7 @@ from pipelines.generation import find_export
 from pipelines.pictures import grid_png
 
 if TYPE_CHECKING:
-    from genmodels.diffusion.pipeline import TextToImage
-    from genmodels.unclip.pipeline import Unclip
+    from genmodels.drawing import DrawingModel
 
 _SHOWN = (
     ("consistency", "consistency_real", "consistency_ratio"),
@@ -98,7 +97,7 @@ def judge_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _drawing(
     folder: Path, processes: int, precision: str, options: dict[str, Any], closing: ExitStack
-) -> tuple[Draw, TextToImage | Unclip]:
+) -> tuple[Draw, DrawingModel]:
     """A function that draws, with a progress bar, and the model that it draws with. `closing` ends its processes."""
     import torch
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genmodels.families import members_of
 from infra import storage
 from infra.errors import BadRequest
 from pipelines.data.fixed import read_fixed
-from pipelines.data.index import DatasetIndex
+from pipelines.data.index import DatasetIndex, load_index
 from pipelines.data.spec import ArraySpec, SampleSpec
 from pipelines.training.config import TrainConfig
 from pipelines.training.embeddings import clip_reference, embedding_member
 from pipelines.training.export import find_export, resolve_reference
+from pipelines.training.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from genmodels.clip.frozen import FrozenClip
@@ -22,13 +26,14 @@ if TYPE_CHECKING:
 _AT_ONCE = 64
 
 
-def open_clip(reference: str, tracking_uri: str | None, scratch: Path) -> FrozenClip:
+def open_clip(reference: str, tracking_uri: str | None, scratch: Path, root: str | None = None) -> FrozenClip:
     """A CLIP of this project, named in any way, or of transformers: a folder or hub name.
 
     Args:
         reference: as the user wrote it.
         tracking_uri: for models:/NAME.
         scratch: folder that what comes from a hub is copied to; it has to stay while the CLIP is copied on.
+        root: of runs that the reference may name [the run root].
 
     Raises:
         ValueError, OSError: there is none, or it is none.
@@ -36,7 +41,7 @@ def open_clip(reference: str, tracking_uri: str | None, scratch: Path) -> Frozen
     from genmodels.clip.frozen import FrozenClip, fetch_clip
     from genmodels.clip.layout import is_transformers_clip
 
-    root = str(storage.run_root())
+    root = root or str(storage.run_root())
     local = Path(reference).expanduser()
     ours = reference.startswith("models:") or storage.is_remote(reference) or find_export(reference, root) is not None
     if ours or (local.is_dir() and not is_transformers_clip(local)):
@@ -106,31 +111,57 @@ def measure_statistics(
         raise BadRequest(f"the embeddings of the CLIP cannot be measured on {index.url}: {error}{why}") from None
 
 
-def place_clip(
-    reference: str, folder: str, tracking_uri: str | None, index: DatasetIndex, caption: str | None, count: int
-) -> str:
+def check_labels(config: TrainConfig, index: DatasetIndex, folder: RunFolder) -> None:
+    """Raise BadRequest where no sample has a label that zero-shot classification could be measured with."""
+    data = config.data
+    for name, member in members_of(config.objective).items():
+        zero_shot = getattr(member, "zero_shot", None)
+        if zero_shot is None:
+            continue
+        if data.validation_url is not None:
+            index = load_index(data.validation_url, folder.path("index"))
+        spec = SampleSpec(member.image_size, caption=None, label=zero_shot.label)
+        found = {label for batch in read_fixed(index, spec, _AT_ONCE, _AT_ONCE) for label in batch["labels"]}
+        if not found & zero_shot.classes.keys():
+            key = f"objective.members.{name}.zero_shot" if name else "objective.zero_shot"
+            seen = ", ".join(sorted(found - {""})[:5]) or "none"
+            raise BadRequest(
+                f"{key}: of {_AT_ONCE} samples none has one of its classes at label {zero_shot.label}: {seen} there"
+            )
+
+
+def place_clip(asked: Mapping[str, Any], folder: str, root: str, tracking_uri: str | None, index: DatasetIndex) -> str:
     """Copy a trained CLIP, with the statistics of its embeddings on these samples where it came without, to `folder`
     once; returns what stages name it by.
 
+    Args:
+        asked: "path" of the CLIP, and "caption" and "samples" to measure it with.
+        folder: new; where it stays.
+        root: of runs that `path` may name.
+        tracking_uri: for models:/NAME.
+        index: of shards with images.
+
     Raises:
-        BadRequest: there is no such CLIP, another one is there, or its embeddings cannot be measured.
+        BadRequest: there is no such CLIP, another was copied before, or its embeddings cannot be measured.
     """
-    done = f"{folder}.digest"  # written last, beside it
+    done = f"{folder}.json"  # written last, beside it
+    wanted = {**asked, "index_digest": index.digest}
+    if storage.exists(done):
+        known = json.loads(storage.read_bytes(done))
+        if different := [key for key in wanted if known.get(key) != wanted[key]]:
+            told = "; ".join(f"{key}: {known.get(key)} → {wanted[key]}" for key in different)
+            raise BadRequest(f"{folder} was copied for another request ({told}): undo that, or choose another name")
+        return folder
     with tempfile.TemporaryDirectory() as temporary:
         scratch = Path(temporary)
         try:
-            clip = open_clip(reference, tracking_uri, scratch)
+            clip = open_clip(str(asked["path"]), tracking_uri, scratch, root)
         except (OSError, ValueError) as error:
-            raise BadRequest(f"{reference}: {' '.join(str(error).split())[:300]}") from None
-        if storage.exists(done):
-            known = storage.read_bytes(done).decode()
-            if known != clip.digest:
-                raise BadRequest(f"{folder} holds a CLIP of digest {known}, and {reference} has {clip.digest}: choose "
-                                 "another name")  # fmt: skip
-            return folder
+            raise BadRequest(f"{asked['path']}: {' '.join(str(error).split())[:300]}") from None
         clip.save(scratch / "own")
         if clip.statistics is None:
-            measure_statistics(clip, index, caption, count).save(scratch / "own")
+            measure_statistics(clip, index, asked["caption"], asked["samples"]).save(scratch / "own")
+        storage.remove(folder)  # of an attempt that was not completed
         storage.upload_folder(scratch / "own", folder)
-        storage.write_bytes(done, clip.digest.encode())
+        storage.write_bytes(done, json.dumps(wanted, indent=2).encode())
     return folder

@@ -290,6 +290,8 @@ class TrainConfig(Section):
             wrong.append(
                 "best.metric is measured on held-out data: a name that begins with val_, and data.validation_url"
             )
+        if metric is not None and self.best.better == "lower" and any(part in metric for part in _HIGHER):
+            wrong.append(f"best.metric={metric} is better the higher it is: set best.better=higher")
         if metric == "val_frechet_distance" and not self.evaluation.every:
             wrong.append("best.metric=val_frechet_distance is measured by evaluation.every: set it")
         if wrong:
@@ -318,13 +320,15 @@ def _reads_arrays(objective: Any) -> bool:
     return any(stored) or getattr(getattr(objective, "image_embedding", None), "member", None) is not None
 
 
+_HIGHER = ("accuracy", "recall", "cosine", "psnr")
+
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (
     "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
     "run.validation_samples", "run.audit", "ema.store_every", "evaluation", "best",
     "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
     "data.prefetch_batches", "data.max_bad_share", "engine", "engines", "workers", "tracking",
-    "precision.compile", "precision.activation_checkpointing", "precision.channels_last",
+    "precision.compile", "precision.activation_checkpointing", "precision.channels_last", "objective.zero_shot",
 )  # fmt: skip
 
 
@@ -336,6 +340,18 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
             flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def logged(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as parameters of an MLflow run: flat; names that users chose, such as classes, are one value."""
+    flat: dict[str, Any] = {}
+    for key, value in flatten(tree).items():
+        section, mark, name = key.partition(".classes.")
+        if mark:
+            flat[f"{section}.classes"] = {**flat.get(f"{section}.classes", {}), name: value}
+        else:
+            flat[key] = value
     return flat
 
 

@@ -91,6 +91,12 @@ class Engine:
         """Bring the module's own parameters in line with the fragments, after these were written to. Collective."""
         raise TypeError
 
+    def clip_weights(self, bound: float) -> None:
+        """Cut all weights to ± `bound`. Collective."""
+        for fragment in self.fragments():
+            fragment.values["param"].clamp_(-bound, bound)
+        self.publish()
+
     @contextmanager
     def weights(self, values: list[Tensor]) -> Iterator[None]:
         """Inside, the module computes with `values` (one for each fragment); then with its own again, to the bit."""

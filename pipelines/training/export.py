@@ -147,7 +147,8 @@ def export_run(
 
 def find_run(reference: str, root: str) -> RunFolder | None:
     """The folder of a run that is given by its URL, or by its name under `root`; None where it is no run."""
-    for url in (reference, storage.join(root, reference)):
+    alone = storage.is_remote(reference) or Path(reference).is_absolute()
+    for url in (reference,) if alone else (reference, storage.join(root, reference)):
         if all(storage.exists(storage.join(url, part)) for part in ("config.json", "checkpoints")):
             return RunFolder(str(absolute_url(url)))
     return None

@@ -25,7 +25,7 @@ from infra.exports import folder_digest
 from pipelines.data.captions import read_captions
 from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
-from pipelines.training.clip import complete_clip
+from pipelines.training.clip import check_labels, complete_clip
 from pipelines.training.cluster import local_cpus
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.embeddings import check_encoders, clip_reference, sample_arrays
@@ -64,6 +64,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         for name, member in members.items():
             complete_clip(member, config, index, local / name)
         check_encoders(config, local)
+        check_labels(config, index, folder)
         _share_tokenizer(local, list(members))
         storage.remove(folder.inputs)  # of an attempt that was not completed
         if any(local.iterdir()):
@@ -84,7 +85,8 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
     models: dict[str, str] = {}
     if isinstance(text, PretrainedTextEncoder):
         key = f"{section}.text_encoder.path"
-        if text.path.startswith(("models:", "preset:")) or find_export(text.path, root_of(config)) is not None:
+        elsewhere = text.path.startswith(("models:", "preset:")) or storage.is_remote(text.path)
+        if elsewhere or find_export(text.path, root_of(config)) is not None:
             models[key] = text.path
         else:
             _fetch(key, text.path, text.path, target, "text_encoder", text.length)

@@ -24,7 +24,7 @@ from pipelines.data.prepare import digits_complete, write_digits
 from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
-from pipelines.training.config import TrainConfig, abstract_networks, flatten
+from pipelines.training.config import TrainConfig, abstract_networks, logged
 from pipelines.training.export import export_run, initial_objective, to_publish
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs
 from pipelines.training.lease import Lease
@@ -185,7 +185,7 @@ def _open_tracking(
         "pipeline": config.objective.kind,
         **({} if parent_run is None else {"mlflow.parentRunId": parent_run}),
     }
-    params = flatten(json.loads(config.model_dump_json()))
+    params = logged(json.loads(config.model_dump_json()))
     run_id = tracking.start_run(
         uri, config.tracking.experiment, config.run.name, known.get("mlflow_run_id"), params, tags
     )

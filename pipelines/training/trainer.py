@@ -137,6 +137,8 @@ class Trainer:
         suffix = "" if phase is self.objective.phases[0] else f"_{phase.network}"
         self.last |= {f"learning_rate{suffix}": lr, f"grad_norm{suffix}": outcome.grad_norm}
         if outcome.applied:
+            if phase.clip_weights is not None:
+                state.engine.clip_weights(phase.clip_weights)
             state.ema.update(state.engine.optimizer_steps() - 1)
             self.skipped_in_a_row[phase.network] = 0
             return

@@ -10,11 +10,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
-from genmodels.unclip.layout import check_augmentation
+from genmodels.unclip.layout import check_augmentation, check_truncation
 from infra import storage
 from infra.errors import BadRequest
 from pipelines.data.decode import IMAGE_SUFFIXES
-from pipelines.training.config import TrainConfig, absolute_url, load_config
+from pipelines.training.config import TrainConfig, absolute_url, changes, load_config
 from pipelines.training.embeddings import clip_reference, embedding_member
 from pipelines.training.explain import explain
 from pipelines.training.presets import override, read_preset, with_run_root
@@ -82,6 +82,8 @@ class UnclipConfig(Section):
     decoder: str = Field(description="preset of the decoder")
     upsamplers: dict[str, str] = Field({}, description="presets of the upsamplers by name, from small to large")
     keep: list[str] = Field(["txt", "json"], description="members that the shards with embeddings keep")
+    actors: int | None = Field(None, gt=0, description="processes that embed side by side [a core, or GPU, each]")
+    gpus: bool = Field(False, description="embed with one GPU for each of them")
     drawing: DrawingConfig = DrawingConfig()
     root: str | None = Field(None, description="as run.root, of all stages")
     tracking_uri: str | None = Field(None, description="as tracking.uri, of all stages")
@@ -109,6 +111,10 @@ class UnclipConfig(Section):
             if unknown := getattr(self.drawing, part).keys() - known.keys():
                 raise ValueError(f"drawing.{part}: there is no {', '.join(sorted(unknown))}, only {', '.join(known)}")
         return self
+
+    def upsampler_drawing(self, name: str) -> UpsamplerDrawing:
+        """How an upsampler draws."""
+        return self.drawing.upsamplers.get(name, UpsamplerDrawing())
 
     @property
     def stages(self) -> dict[str, str]:
@@ -159,8 +165,10 @@ def load_stages(preset: str, assignments: list[str]) -> Stages:
             trainings[name] = load_config(wanted, [*shared, *of_stages[name]])
         except BadRequest as error:
             raise BadRequest(f"{name}: {error}") from None
-    if config.clip is not None and (of_stages["clip"] or config.root is not None):
-        trainings = _with_this_clip(trainings, config.clip)
+    if config.clip is None and (unused := of_stages.get("clip")):
+        raise BadRequest(f"clip.{unused[0]}: no CLIP is trained here; leave it out, or name one with clip=PRESET")
+    if config.clip is not None and of_stages["clip"]:
+        trainings = _with_this_clip(trainings, config.clip, shared)
     if config.trained_clip is not None:
         place = clip_folder(config, next(iter(trainings.values())))
         trainings = {name: _told_of(training, place) for name, training in trainings.items()}
@@ -176,28 +184,34 @@ def clip_folder(config: UnclipConfig, training: TrainConfig) -> str:
 
 
 def _told_of(training: TrainConfig, clip: str) -> TrainConfig:
-    """A stage with its CLIP's place in place of the one that its preset names; others as they are."""
-    if (found := clip_reference(training.objective)) is None:
-        return training
-    tree = json.loads(training.model_dump_json())
-    *sections, key = found[0].split(".")
-    section = tree["objective"]
-    for name in sections:
-        section = section[name]
-    section[key] = clip
-    return TrainConfig.model_validate(tree)
+    """A stage with its CLIP's place wherever it names the one of its preset; others as they are."""
+    found = clip_reference(training.objective)
+    return training if found is None else _renamed(training, found[1], clip)
 
 
-def _with_this_clip(trainings: dict[str, TrainConfig], preset: str) -> dict[str, TrainConfig]:
-    """Stages that name the CLIP's preset name its run in place: it may have other settings than the preset."""
-    from pipelines.training.run_folder import RunFolder
+def _with_this_clip(trainings: dict[str, TrainConfig], preset: str, shared: list[str]) -> dict[str, TrainConfig]:
+    """Stages that name the CLIP's preset name its run in place, where it is trained otherwise than the preset says."""
+    own = trainings["clip"]
+    try:
+        plain = load_config(preset, shared)
+    except BadRequest:  # it leaves something to be given, so nobody trains it by its name
+        pass
+    else:
+        differs = changes(json.loads(plain.model_dump_json()), json.loads(own.model_dump_json()))
+        # What decides may change while a run goes on, and yet another CLIP comes of it.
+        if not differs and _decides(plain) == _decides(own):
+            return trainings
+    return {name: _renamed(training, f"preset:{preset}", own.run.name) for name, training in trainings.items()}
 
-    found, url = {}, RunFolder.of(trainings["clip"]).url
-    for name, config in trainings.items():
-        text = json.dumps(json.loads(config.model_dump_json()))
-        text = text.replace(json.dumps(f"preset:{preset}"), json.dumps(url))
-        found[name] = TrainConfig.model_validate_json(text)
-    return found
+
+def _decides(training: TrainConfig) -> tuple[Any, ...]:
+    return training.run.root, training.run.steps, training.best, training.evaluation
+
+
+def _renamed(training: TrainConfig, old: str, new: str) -> TrainConfig:
+    """A training that refers to `new` wherever it referred to `old`."""
+    text = json.dumps(json.loads(training.model_dump_json()))
+    return TrainConfig.model_validate_json(text.replace(json.dumps(old), json.dumps(new)))
 
 
 def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
@@ -209,7 +223,11 @@ def check_stages(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> Non
             raise BadRequest(
                 f"{name}: trains objective.kind={training.objective.kind}, and should {' or '.join(allowed)}"
             )
+    names = [config.name, *(training.run.name for training in trainings.values())]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise BadRequest(f"{', '.join(twice)} names several folders of runs: give each stage another run.name")
     _check_told(config, trainings)
+    _check_drawing(config, trainings)
     _check_kept(config, trainings)
     _check_upsamplers(config, trainings)
     for name in config.priors:
@@ -237,6 +255,31 @@ def _check_told(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None
     if len(set(references.values())) > 1:
         told = "; ".join(f"{name}: {reference}" for name, reference in references.items())
         raise BadRequest(f"the stages name different CLIPs: {told}; give all the same")
+    if config.clip is not None:
+        allowed = (f"preset:{config.clip}", trainings["clip"].run.name)
+        for name, reference in references.items():
+            if reference not in allowed:
+                raise BadRequest(f"clip={config.clip} is trained, and {name} stands on another: {reference}; name one")
+
+
+def _check_drawing(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
+    """What is drawn with can be drawn with."""
+    drawn: dict[str, DecoderDrawing | UpsamplerDrawing] = {"decoder": config.drawing.decoder}
+    drawn |= {f"upsamplers.{name}": config.upsampler_drawing(name) for name in config.upsamplers}
+    for name, drawing in drawn.items():
+        objective: Any = trainings[name.rpartition(".")[2]].objective
+        if drawing.num_steps > objective.train_timesteps:
+            most = objective.train_timesteps
+            raise BadRequest(f"drawing.{name}.num_steps={drawing.num_steps}: it was trained with {most} timesteps")
+    first = next(iter(config.upsamplers), None)
+    if first is None or config.upsampler_drawing(first).augmentation != "truncated":
+        return
+    decoder: Any = trainings["decoder"].objective
+    try:
+        pixels = decoder.autoencoder is None and decoder.noise_schedule not in ("flow", "edm")
+        check_truncation(pixels, config.drawing.decoder.sampler)
+    except ValueError as error:
+        raise BadRequest(f"drawing.upsamplers.{first}: {error}") from None
 
 
 def _check_kept(config: UnclipConfig, trainings: dict[str, TrainConfig]) -> None:
@@ -273,7 +316,7 @@ def _check_upsamplers(config: UnclipConfig, trainings: dict[str, TrainConfig]) -
             )
         if objective.autoencoder is not None or objective.conditional:
             raise BadRequest(f"{name}: an upsampler makes pixels, and is told neither captions nor classes")
-        drawing = config.drawing.upsamplers.get(name, UpsamplerDrawing()).model_dump()
+        drawing = config.upsampler_drawing(name).model_dump()
         try:
             check_augmentation(name, before == "decoder", told.augmentation, drawing)
         except ValueError as error:

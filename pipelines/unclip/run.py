@@ -21,8 +21,8 @@ from infra.errors import BadRequest
 from pipelines.data.index import load_index
 from pipelines.encoding import REQUEST, Encoders, encode, open_clip
 from pipelines.training.clip import place_clip
-from pipelines.training.config import TrainConfig, flatten
-from pipelines.training.embeddings import embedding_member
+from pipelines.training.config import TrainConfig, logged
+from pipelines.training.embeddings import embedding_member, read_encoders
 from pipelines.training.launch import draw_demo, git_commit, train
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder, root_of
@@ -84,8 +84,9 @@ def _encode_by_trained(stages: Stages, uri: str) -> list[dict[str, Any]]:
     for training in stages.trainings.values():
         draw_demo(training)
     index = load_index(given.data_url, storage.join(str(storage.run_root()), "index"))
+    asked = given.model_dump(include={"path", "caption", "samples"})
     try:
-        own = place_clip(given.path, clip_folder(stages.config, first), uri, index, given.caption, given.samples)
+        own = place_clip(asked, clip_folder(stages.config, first), root_of(first), uri, index)
     except BadRequest as error:
         raise BadRequest(f"trained_clip: {error}") from None
     return encode_for(stages, own, given.data_url, given.validation_url)
@@ -102,24 +103,50 @@ def encode_for(stages: Stages, clip: str, url: str, validation_url: str | None) 
                 wanted[new] = old
     if not wanted:
         return []
-    encoders = Encoders(open_clip(clip), None, 0, tuple(stages.config.keep))
-    return [encode(old, new, encoders, overwrite=_made_of(new, old, encoders)) for new, old in wanted.items()]
+    config = stages.config
+    encoders = Encoders(open_clip(clip), None, 0, tuple(config.keep))
+    done = []
+    for new, old in wanted.items():
+        if (known := _suffices(new, old, encoders)) is None:
+            again = _made_of(new, old, encoders, config.name)
+            known = encode(old, new, encoders, config.actors, config.gpus, again, config.name)
+        done.append(known)
+    return done
 
 
-def _made_of(new: str, old: str, encoders: Encoders) -> bool:
-    """Whether a folder holds what another CLIP made of the same shards in the same way: nobody needs it any more."""
-    path = storage.join(new, REQUEST)
-    if not storage.exists(path):
+def _suffices(new: str, old: str, encoders: Encoders) -> dict[str, Any] | None:
+    """What `encode` would say of a folder that was written by `encode_latents.py` with all that is wanted, or more."""
+    known, made = _request(new), read_encoders(new)
+    if known is None or known.get("of") != _digest(old) or not set(encoders.keep) <= set(known.get("keep", ())):
+        return None
+    if any(made.get(member, {}).get("digest") != each["digest"] for member, each in encoders.describe().items()):
+        return None
+    index = load_index(new, storage.join(str(storage.run_root()), "index"))
+    shards = len(index.names)
+    return {"url": new, "samples": index.samples, "shards": shards, "written": 0, "index_digest": index.digest}
+
+
+def _made_of(new: str, old: str, encoders: Encoders, name: str) -> bool:
+    """Whether a folder holds what this very job made of the same shards with another CLIP: it needs that no more."""
+    known = _request(new)
+    if known is None or known.get("by") != name:
         return False
-    known = json.loads(storage.read_bytes(path))
-    index = load_index(old, storage.join(str(storage.run_root()), "index"))
     same_way = known.get("keep") == list(encoders.keep) and not known.get("half")
-    return bool(known.get("of") == index.digest and same_way and known["encoders"].keys() == encoders.describe().keys())
+    return bool(known.get("of") == _digest(old) and same_way and known["encoders"].keys() == encoders.describe().keys())
+
+
+def _request(folder: str) -> dict[str, Any] | None:
+    path = storage.join(folder, REQUEST)
+    return json.loads(storage.read_bytes(path)) if storage.exists(path) else None
+
+
+def _digest(url: str) -> str:
+    return load_index(url, storage.join(str(storage.run_root()), "index")).digest
 
 
 def _open_tracking(config: UnclipConfig, folder: RunFolder, uri: str) -> str:
     known = folder.read("run.json") or {}
-    params = flatten(json.loads(config.model_dump_json()))
+    params = logged(json.loads(config.model_dump_json()))
     tags = {"git_commit": git_commit(), "run_folder": folder.url, "pipeline": "unclip"}
     run_id = tracking.start_run(uri, config.experiment, config.name, known.get("mlflow_run_id"), params, tags)
     folder.write("run.json", {"mlflow_run_id": run_id, "tracking_uri": uri})

@@ -152,3 +152,21 @@ def test_what_cannot_be_trained_side_by_side_is_refused(inputs):
 def test_members_of_any_configuration():
     assert members_of(config()).keys() == MEMBERS.keys()
     assert members_of(MEMBERS["kl"]) == {"": MEMBERS["kl"]}
+
+
+def test_members_that_classify_by_sentences_do_so_side_by_side(tmp_path):
+    told = {"label": "json:digit", "classes": {"7": "seven", "3": "three"}}
+    members = {name: tiny.clip_config(zero_shot=told) for name in ("one", "other")}
+    for name in members:
+        tiny.write_inputs(tmp_path / name)
+    torch.manual_seed(0)
+    objective = build_objective(SideBySideConfig(members=members), tmp_path)
+    batch = tiny.with_tokens(tiny.batch(4), tmp_path / "one")
+    batch["labels"] = ["7", "3", "7", "3"]
+    with torch.no_grad():
+        objective.begin_validation()
+        found = objective.validate(batch)
+    assert [found[f"{name}/zero_shot_accuracy"].count.item() for name in members] == [4, 4]
+    other = tiny.clip_config(zero_shot={**told, "label": "cls"})
+    with pytest.raises(ValidationError, match="read the same label of a sample, not cls, json:digit"):
+        SideBySideConfig(members={**members, "other": other})

@@ -216,7 +216,7 @@ def test_tokens_keep_their_end_when_cut_and_are_padded(tmp_path):
 
 
 def test_captions_from_json_and_a_choice_that_changes_from_epoch_to_epoch(tmp_path):
-    facts = json.dumps({"long": "from json", "many": ["one", "two"], "none": None}).encode()
+    facts = json.dumps({"long": "from json", "many": ["one", "two"], "none": None, "half": "cut \ud83d"}).encode()
     write_tar(tmp_path / "a.tar", [("a.png", encode(numbered_image(1))), ("a.json", facts), ("a.txt", b"from txt")])
     order = DataOrder(load_index(str(tmp_path), progress=False), 0, 1, 1, 1)
 
@@ -227,16 +227,19 @@ def test_captions_from_json_and_a_choice_that_changes_from_epoch_to_epoch(tmp_pa
     assert captions(("txt", "json:many", "json:absent")) == {"from txt", "one", "two"}
     assert captions("json:none") == {"caption: missing"}
     assert captions("cap") == {"caption: no cap member"}
+    assert captions("json:half") == {"caption: not Unicode"}
     assert all(row["weight"] == 1 for row in rows(order, SampleSpec(8, caption=None), 0, 2))
 
 
 def test_the_name_of_a_class_is_read_and_a_sample_without_one_is_kept(tmp_path):
     members = [("a.png", encode(numbered_image(1))), ("a.json", b'{"digit": 7}'), ("b.png", encode(numbered_image(2)))]
-    write_tar(tmp_path / "a.tar", [*members, ("b.json", b"[7]"), ("b.cls", b" seven\n")])
+    more = [("b.json", b"[7]"), ("b.cls", b" seven\n"), ("c.png", members[0][1]), ("c.json", b'{"digit": "7\\ud83d"}')]
+    write_tar(tmp_path / "a.tar", [*members, *more])
     index = load_index(str(tmp_path), progress=False)
     for label, wanted in (("json:digit", ["7", ""]), ("cls", ["", "seven"]), ("json:none", ["", ""])):
-        (batch,) = fixed_batches(index, SampleSpec(8, caption=None, label=label), 2, 2)
-        assert batch["labels"] == wanted and batch["weight"].tolist() == [1, 1]
+        (batch,) = fixed_batches(index, SampleSpec(8, caption=None, label=label), 3, 3)
+        assert batch["labels"][:2] == wanted and batch["weight"].tolist() == [1, 1, 1]
+        assert batch["labels"][2] == ("7" if label == "json:digit" else "")
     assert "labels" not in fixed_batches(index, SampleSpec(8, caption=None), 2, 2)[0]
 
 

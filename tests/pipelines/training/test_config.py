@@ -106,9 +106,9 @@ def test_a_foreign_key_names_what_is_allowed():
         ("objective.denoiser.chanels=[64]", "unknown key objective.denoiser.chanels (did you mean channels?)"),
         ("objective.text_encoder.widht=3", "unknown key objective.text_encoder.widht (did you mean width?)"),
         (
-            "objective.kind=gan",
-            "objective.kind: there is no gan; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'diffusion_prior', "
-            "'autoregressive_prior', 'side_by_side'",
+            "objective.kind=gam",
+            "objective.kind: there is no gam; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'diffusion_prior', "
+            "'autoregressive_prior', 'gan', 'side_by_side'",
         ),
         (
             "objective={kind: side_by_side, members: {a: {kind: autoencoder, chanels: [64]}}}",

@@ -11,8 +11,12 @@ import pytest
 
 from genmodels.families import SideBySideConfig
 from infra.errors import BadRequest
+from pipelines.training.clip import check_labels
+from pipelines.training.config import logged
 from pipelines.training.embeddings import sample_arrays
+from pipelines.training.run_folder import RunFolder
 from tests.genmodels import tiny
+from tests.pipelines.data.shards import write_shards
 
 
 def given(tmp_path: Path, **members: Any) -> tuple[Any, Path]:
@@ -34,3 +38,20 @@ def test_nobody_else_is_trained_on_images_that_a_clip_wants_larger(tmp_path: Pat
     config, inputs = given(tmp_path, told=tiny.decoder_config(image_size=8), plain=plain)
     with pytest.raises(BadRequest, match=r"objective.members.plain: the CLIP .* reads images of 16 pixels, .* of 8:"):
         sample_arrays(config, inputs)
+
+
+def test_labels_that_no_sample_has_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    index = write_shards(tmp_path / "shards", samples=8, per_shard=8)
+    told = {"label": "json:digit", "classes": {"7": "seven", "3": "three"}}
+    objective = tiny.clip_config(zero_shot=told)
+    config: Any = SimpleNamespace(objective=objective, data=SimpleNamespace(validation_url=None))
+    with pytest.raises(BadRequest, match=r"objective.zero_shot: of 64 samples none .* at label json:digit: none there"):
+        check_labels(config, index, RunFolder(str(tmp_path / "run")))
+    config.objective = tiny.clip_config(zero_shot={**told, "label": "txt", "classes": {"number 1": "1", "2": "2"}})
+    check_labels(config, index, RunFolder(str(tmp_path / "run")))
+
+
+def test_names_of_classes_are_one_parameter_of_an_mlflow_run() -> None:
+    tree = {"run": {"steps": 3}, "objective": {"zero_shot": {"classes": {"a, b": "C++", "c.d": "'"}, "label": "cls"}}}
+    zero_shot = {"objective.zero_shot.classes": {"a, b": "C++", "c.d": "'"}, "objective.zero_shot.label": "cls"}
+    assert logged(tree) == {"run.steps": 3, **zero_shot}

@@ -23,11 +23,11 @@ from infra.registry import resolve_model
 from pipelines.data.index import load_index
 from pipelines.data.read import read_chunks
 from pipelines.encoding import CLIP_MEMBER, Encoders, encode, open_clip
-from pipelines.training.clip import measure_statistics
+from pipelines.training.clip import measure_statistics, place_clip
 from pipelines.training.embeddings import read_encoders
 from pipelines.training.run_folder import RunFolder
 from pipelines.unclip.config import load_stages
-from pipelines.unclip.run import train_stages
+from pipelines.unclip.run import encode_for, train_stages
 from tests.genmodels import tiny
 from tests.genmodels.clip.test_objective import TRANSFORMER
 from tests.pipelines.training import small_run
@@ -204,10 +204,53 @@ def test_stages_that_do_not_fit_are_refused_before_anything_starts(stages_preset
         (["keep=[txt]"], "decoder: reads images beside their embeddings, and keep=txt leaves them out"),
         (["keep=[png]"], "prior: reads captions from txt, which keep=png leaves out"),
         (["drawing.upsamplers.upsampler.augmentation_level=0.7"], r"drawing.upsamplers.upsampler: .* 0.7 is more than"),
+        (["prior.run.name=tiny-decoder"], "tiny-decoder names several folders of runs"),
+        (["name=tiny-clip"], "tiny-clip names several folders of runs"),
+        (["drawing.decoder.num_steps=5000"], r"drawing.decoder.num_steps=5000: it was trained with \d+ timesteps"),
+        (
+            [
+                "drawing.upsamplers.upsampler={augmentation: truncated, augmentation_level: 0.1}",
+                "drawing.decoder.sampler=euler",
+            ],
+            "drawing.upsamplers.upsampler: truncated augmentation takes sampler ddpm, ddim",
+        ),
+        (["clip=clip_demo"], "clip=clip_demo is trained, and prior stands on another: preset:"),
+        (
+            ["clip=null", "trained_clip={path: a, data_url: b}", "clip.run.steps=3"],
+            "clip.run.steps=3: no CLIP is trained here",
+        ),
         (["trained_clip={path: a, data_url: b}"], "clip is trained first, trained_clip is taken as it is: give one"),
     ):
         with pytest.raises(BadRequest, match=match):
             load_stages(stages_preset, overrides)
+
+
+def test_stages_name_the_run_of_a_clip_that_is_trained_otherwise_than_its_preset(stages_preset: str) -> None:
+    clip = yaml.safe_load(Path(stages_preset).read_text())["clip"]
+
+    def told(*overrides: str) -> set[str]:
+        trainings = load_stages(stages_preset, list(overrides)).trainings
+        decoder: Any = trainings["decoder"].objective
+        return {trainings["prior"].objective.clip, decoder.image_embedding.clip}
+
+    assert told() == told("clip.run.log_every=5") == {f"preset:{clip}"}
+    for other in ("clip.run.steps=5", "clip.optimizer.learning_rate=0.5", "clip.run.name=renamed"):
+        assert told(other) == {"renamed" if "renamed" in other else "tiny-clip"}
+
+
+def test_a_trained_clip_takes_the_place_of_the_presets_own_everywhere(
+    stages_preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUN_ROOT", str(tmp_path))
+    tree = yaml.safe_load(Path(stages_preset).read_text())
+    reads = f"decoder.objective.text_encoder={{kind: pretrained, path: 'preset:{tree['clip']}'}}"
+    stages = load_stages(stages_preset, ["clip=null", "trained_clip={path: a, data_url: b}", reads])
+    assert "clip" not in stages.trainings
+    for training in stages.trainings.values():
+        assert "preset:" not in training.model_dump_json()
+    decoder: Any = stages.trainings["decoder"].objective
+    assert decoder.text_encoder.path == decoder.image_embedding.clip
+    assert decoder.image_embedding.clip.endswith("/tiny-unclip/clip")
 
 
 def test_shards_with_embeddings_hold_the_same_keys_and_a_missing_one_is_made_again(
@@ -285,7 +328,7 @@ def test_a_clip_of_transformers_is_taken_from_its_folder_and_measured(
 
 
 def test_all_stages_stand_on_a_clip_that_was_trained_elsewhere(
-    stages_preset: str, train: Train, tmp_path: Path, trained: dict[str, Any], run_root: Path, monkeypatch: Any
+    stages_preset: str, s3: dict[str, str], tmp_path: Path, trained: dict[str, Any], run_root: Path, monkeypatch: Any
 ) -> None:
     """A CLIPModel without statistics: copied, measured once, and the same for stages that read embeddings from shards
     and one that makes them as the images come."""
@@ -326,6 +369,24 @@ def test_all_stages_stand_on_a_clip_that_was_trained_elsewhere(
     assert found.dot_mean == pytest.approx(clip.statistics.dot_mean, abs=1e-5)
     with pytest.raises(BadRequest, match=r"cannot be measured .*clip.npy: missing"):
         measure_statistics(bare, load_index(source), "txt", 64, CLIP_MEMBER)
+    for key, value in s3.items():
+        monkeypatch.setenv(key, value)
+    # It is copied once, and to object storage too; what is there is not exchanged for another.
+    asked, index = {"path": str(plain), "caption": "txt", "samples": 64}, load_index(source)
+    placed = place_clip(asked, "s3://data/placed/clip", str(run_root), None, index)
+    for reference in (placed, str(plain)):
+        assert open_clip(reference).digest == clip.digest
+    shutil.rmtree(plain)
+    assert place_clip(asked, placed, str(run_root), None, index) == placed
+    with pytest.raises(BadRequest, match=r"copied for another request \(samples: 64 → 32\)"):
+        place_clip({**asked, "samples": 32}, placed, str(run_root), None, index)
+    # Shards that hold all that is wanted, and more, are taken as they are.
+    enough = load_stages(stages_preset, ["keep=[txt]", "decoder.data.url=" + source])
+    export = trained["stages"]["clip"]["export"]
+    assert [each["written"] for each in encode_for(enough, export, source, None)] == [0]
+    stranger = load_stages(stages_preset, ["keep=[txt, json]", "decoder.data.url=" + source])
+    with pytest.raises(BadRequest, match=r"holds shards of another request \(other keep\)"):
+        encode_for(stranger, export, source, None)
     tree["trained_clip"]["path"] = str(tmp_path / "nowhere")
     path.write_text(yaml.safe_dump({**tree, "name": "tiny-nowhere"}))
     with pytest.raises(BadRequest, match=r"trained_clip: .*nowhere"):

@@ -1,0 +1,35 @@
+"""The two networks of a configuration."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from genmodels.gan.config import GanConfig
+from genmodels.gan.networks import dcgan, modern, resnet, style
+from genmodels.gan.networks.blocks import Conditioner
+from genmodels.text.encoder import pretrained_width
+
+_KINDS = {"dcgan": dcgan, "resnet": resnet, "modern": modern, "style": style}
+
+
+def build_generator(config: GanConfig, text_width: int | None = None) -> nn.Module:
+    """Freshly initialised; `text_width` are the features of the text encoder at hand [those in the configuration]."""
+    kind = _KINDS[config.generator.kind]
+    conditioner = build_conditioner(config, text_width)
+    return kind.Generator(config.generator, config.image_size, config.latent_dim, conditioner, config.condition_dim)
+
+
+def build_discriminator(config: GanConfig, text_width: int | None = None) -> nn.Module:
+    """Freshly initialised; see `build_generator`."""
+    kind = _KINDS[config.discriminator.kind]
+    conditioner = build_conditioner(config, text_width)
+    return kind.Discriminator(config.discriminator, config.image_size, conditioner, config.condition_dim)
+
+
+def build_conditioner(config: GanConfig, text_width: int | None = None) -> Conditioner | None:
+    """What makes a vector of a condition; None where there is none."""
+    if not config.conditional:
+        return None
+    if config.classes is not None:
+        return Conditioner(len(config.classes), None, config.condition_dim)
+    return Conditioner(None, text_width or pretrained_width(config.text_encoder), config.condition_dim)  # type: ignore[arg-type]

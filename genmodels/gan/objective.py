@@ -1,0 +1,356 @@
+"""The training objective of GANs: the discriminator's phase, then the generator's.
+
+Goodfellow et al., "Generative Adversarial Nets" (2014), algorithm 1, with any of the games in `losses.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from genmodels import random
+from genmodels.gan.augment import augmented
+from genmodels.gan.build import build_discriminator, build_generator
+from genmodels.gan.config import AdaptiveAugment, GanConfig
+from genmodels.gan.layout import DISCRIMINATOR, GENERATOR, INDEX
+from genmodels.gan.losses import adversarial_loss
+from genmodels.gan.networks.blocks import BatchNorm, Scores
+from genmodels.gan.penalties import gradient_penalty, zero_centred
+from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
+from genmodels.random import derive_seeds
+from genmodels.text.encoder import TextEncoder, open_text_encoder, pooled_text
+from genmodels.text.tokenizer import load as load_tokenizer
+from genmodels.text.tokenizer import save as save_tokenizer
+from genmodels.weights import copy_weights, forward_flops, required_folder
+
+_PREVIEW_SEED = 1234
+
+
+class Gan(Objective):
+    """Networks "discriminator" and "generator", a phase each.
+
+    All randomness comes from `batch["seeds"]`: latents, noise, augmentation. The objective's own state is that of
+    adaptive augmentation.
+    """
+
+    def __init__(
+        self,
+        config: GanConfig,
+        discriminator: nn.Module,
+        generator: nn.Module,
+        text_encoder: TextEncoder | None = None,
+        tokenizer: CLIPTokenizer | None = None,
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.discriminator, self.generator = discriminator, generator
+        self.networks: dict[str, nn.Module] = {"discriminator": discriminator, "generator": generator}
+        self.frozen: dict[str, nn.Module] = {}
+        if text_encoder is not None:
+            self.frozen["text_encoder"] = text_encoder.eval().requires_grad_(False)
+        self.game = adversarial_loss(config.loss, config.real_target)
+        coupled = {
+            name: any(isinstance(part, BatchNorm) for part in network.modules())
+            for name, network in self.networks.items()
+        }
+        self.phases = [
+            Phase(
+                "discriminator",
+                self.discriminator_loss,
+                couples_samples=any(coupled.values()),
+                double_backward=config.penalties.any,
+                clip_weights=config.weight_clip,
+            ),
+            Phase(
+                "generator",
+                self.generator_loss,
+                every=config.discriminator_steps,
+                couples_samples=any(coupled.values()),
+            ),
+        ]
+        self.augmentation = AugmentationState()
+
+    @staticmethod
+    def from_config(config: GanConfig, inputs: Path | None = None) -> Gan:
+        """Build from a configuration; `inputs` holds `text_encoder/` and `tokenizer/` where it reads text.
+
+        Raises:
+            ValueError: an input is missing.
+        """
+        text_encoder = tokenizer = width = None
+        if config.takes_text:
+            text_encoder = open_text_encoder(required_folder(inputs, "text_encoder"))
+            tokenizer = load_tokenizer(required_folder(inputs, "tokenizer"))
+            width = int(text_encoder.config.hidden_size)
+        return Gan(config, build_discriminator(config, width), build_generator(config, width), text_encoder, tokenizer)
+
+    @staticmethod
+    def abstract_networks(config: GanConfig) -> dict[str, nn.Module]:
+        """The trained networks on the meta device, to count parameters."""
+        with torch.device("meta"):
+            return {"discriminator": build_discriminator(config), "generator": build_generator(config)}
+
+    def prepare(self, batches: Sequence[Batch]) -> None:
+        """Features of the texts, those of a wrong text for each sample, and how much is augmented in this step."""
+        self._adapt(batches)
+        if not self.config.conditional:
+            return
+        conditions = [self.condition(batch) for batch in batches]
+        assert all(condition is not None for condition in conditions)
+        if self.config.matching_aware:
+            wrong = _next_of_global_batch(torch.cat(conditions))  # type: ignore[arg-type]
+            for batch, part in zip(batches, wrong.split([len(each) for each in conditions]), strict=True):  # type: ignore[arg-type]
+                batch["wrong condition"] = part
+
+    def condition(self, batch: Batch) -> Tensor | None:
+        """Of each sample: features of its text, (batch, width), or its label, int64 (batch,); None without either."""
+        if self.config.classes is not None:
+            return self.labels(batch)
+        if not self.config.takes_text:
+            return None
+        token_ids, encoder = batch["token_ids"], self.frozen["text_encoder"]
+        with torch.no_grad():
+            return once(batch, ("pooled text", encoder), (token_ids,), lambda: pooled_text(encoder, token_ids).float())
+
+    def labels(self, batch: Batch) -> Tensor:
+        """Labels int64 (batch,) of captions that name classes; any of quarantined samples, which have no caption.
+
+        Raises:
+            ValueError: a caption names no class.
+        """
+        assert self.config.classes is not None
+        known = {name: label for label, name in enumerate(self.config.classes)}
+        for caption, key, weight in zip(batch["captions"], batch["keys"], batch["weight"].tolist(), strict=True):
+            if weight and caption not in known:
+                raise ValueError(f"{key}: caption {caption!r} is not one of objective.classes")
+        return torch.tensor([known.get(caption, 0) for caption in batch["captions"]], device=batch["seeds"].device)
+
+    def generate(self, seeds: Tensor, condition: Tensor | None, purpose: str) -> Tensor:
+        """Images (batch, 3, height, width) of latents that come from `seeds` and a `purpose`."""
+        own = derive_seeds(seeds, purpose)
+        latents = random.normal(own, (self.config.latent_dim,), "latent")
+        return self.generator(latents, condition, own)
+
+    def shown(self, images: Tensor, batch: Batch, purpose: str) -> Tensor:
+        """What the discriminator sees of images: augmented, and with instance noise (Sønderby et al. 2017)."""
+        seeds = derive_seeds(batch["seeds"], f"{purpose} shown")
+        if self.config.augmentation is not None:
+            images = augmented(images, seeds, self.config.augmentation.policies, self.augmentation_probability)
+        if (deviation := self._instance_noise(batch["step"])) > 0:
+            noise = random.normal(seeds, images.shape[1:], "instance noise")
+            images = images + deviation * noise.to(images)
+        return images
+
+    @property
+    def augmentation_probability(self) -> float:
+        """Of each alteration of an image: 1 where it is not adaptive."""
+        adaptive = isinstance(self.config.augmentation, AdaptiveAugment)
+        return self.augmentation.probability if adaptive else 1.0
+
+    def discriminator_loss(self, batch: Batch) -> PhaseLoss:
+        """The game's loss, with penalties at the steps that have them."""
+        condition, weight = self.condition(batch), batch["weight"]
+        with torch.no_grad():
+            drawn = self.generate(batch["seeds"], condition, "discriminator")
+        real, fake = self.shown(batch["images"], batch, "real"), self.shown(drawn, batch, "fake")
+        of_real, of_fake = self.discriminator(real, condition), self.discriminator(fake, condition)
+        per_sample = self.game.of_discriminator(of_real.logits, of_fake.logits)
+        metrics = self._facts(of_real, of_fake)
+        if self.config.matching_aware:
+            wrong = batch["wrong condition"]
+            of_wrong = self.discriminator(real, wrong).logits
+            against = self.game.of_discriminator(of_real.logits, of_wrong)
+            # A sample whose neighbour is told the same has no wrong condition.
+            differs = (wrong != condition).flatten(1).any(1) if wrong.ndim > 1 else wrong != condition
+            per_sample = torch.where(differs, (per_sample + against) / 2, per_sample)
+            metrics["score_wrong"] = of_wrong
+        if batch["step"] % self.config.penalties.every == 0 and self.config.penalties.any:
+            penalty = self._penalty(real, fake, condition, batch["seeds"])
+            per_sample = per_sample + self.config.penalties.every * penalty
+            metrics["penalty"] = penalty
+        if isinstance(self.config.augmentation, AdaptiveAugment):
+            self.augmentation.see(of_real.logits, weight)
+            metrics["augmentation"] = torch.full_like(weight, self.augmentation.probability)
+        metrics["loss"] = per_sample
+        logged = {name: Mean.of(value, weight) for name, value in metrics.items()}
+        return PhaseLoss((weight * per_sample).mean(), logged)
+
+    def generator_loss(self, batch: Batch) -> PhaseLoss:
+        """The game's other loss; real images are seen only where outputs are compared in pairs."""
+        condition, weight = self.condition(batch), batch["weight"]
+        drawn = self.generate(batch["seeds"], condition, "generator")
+        of_fake = self.discriminator(self.shown(drawn, batch, "generator"), condition).logits
+        of_real = None
+        if self.game.paired:
+            with torch.no_grad():
+                of_real = self.discriminator(self.shown(batch["images"], batch, "beside generator"), condition).logits
+        per_sample = self.game.of_generator(of_fake, of_real)
+        return PhaseLoss((weight * per_sample).mean(), {"generator_loss": Mean.of(per_sample, weight)})
+
+    def validate(self, batch: Batch) -> dict[str, Mean]:
+        """The discriminator on held-out images: its loss, its scores, and how often it is right.
+
+        Held-out images that score lower than the training's (`score_real`) are told from them: it knows those by heart.
+        """
+        condition = self.condition(batch)
+        drawn = self.generate(batch["seeds"], condition, "validation")
+        of_real, of_fake = self.discriminator(batch["images"], condition), self.discriminator(drawn, condition)
+        values = {"loss": self.game.of_discriminator(of_real.logits, of_fake.logits), **self._facts(of_real, of_fake)}
+        return {name: Mean.of(value, batch["weight"]) for name, value in values.items()}
+
+    def preview(self, batch: Batch) -> Preview:
+        """Pictures for held-out captions, or of nothing but latents."""
+        part = {
+            name: value[: self.config.preview_samples] if isinstance(value, (Tensor, list)) else value
+            for name, value in batch.items()
+            if name != "once"
+        }
+        count, device = len(part["seeds"]), batch["seeds"].device
+        seeds = torch.arange(_PREVIEW_SEED, _PREVIEW_SEED + count, device=device)
+        drawn = self.generate(seeds, self.condition(part), "drawing")
+        return Preview(drawn.clamp(-1, 1), list(part["captions"]) if self.config.conditional else [])
+
+    def draw(self, batch: Batch, drawing: Drawing) -> Tensor:
+        """A picture for each sample, in one pass; nothing of `drawing` applies."""
+        return self.generate(batch["seeds"], self.condition(batch), "drawing").clamp(-1, 1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The probability of augmentation, and what was seen since it was last changed."""
+        return self.augmentation.tensors() if isinstance(self.config.augmentation, AdaptiveAugment) else {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if isinstance(self.config.augmentation, AdaptiveAugment):
+            self.augmentation = AugmentationState.of(state)
+
+    def export(self, folder: Path) -> dict[str, Any]:
+        """Write both networks, the text encoder and the tokenizer, for `GanModel.from_folder`."""
+        folder.mkdir(exist_ok=True)
+        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
+            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / name)
+        if "text_encoder" in self.frozen:
+            encoder: Any = self.frozen["text_encoder"]
+            encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        if self.tokenizer is not None:
+            save_tokenizer(self.tokenizer, folder / "tokenizer")
+        content = {"config": json.loads(self.config.model_dump_json()), "classes": self.config.classes}
+        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
+        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
+        return {"layout": "own", "parameters": parameters}
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from an export. Raises ValueError where there is none, or it does not fit."""
+        if not (folder / INDEX).is_file():
+            raise ValueError(f"init_from: {folder} is no export of a GAN (no {INDEX} there)")
+        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
+            copy_weights(load_file(folder / name), network, folder)
+
+    def flops_per_sample(self) -> float:
+        """Of one pass through both networks."""
+        return self._flops
+
+    @cached_property
+    def _flops(self) -> float:
+        config, size = self.config, self.config.image_size
+        width = None if "text_encoder" not in self.frozen else int(self.frozen["text_encoder"].config.hidden_size)  # type: ignore[union-attr, arg-type]
+        told: tuple[Any, ...] = ()
+        if config.conditional:
+            told = (((1,), torch.int64) if config.classes is not None else ((1, width), torch.float32),)
+        images = ((1, 3, size, size), torch.float32)
+        generator = forward_flops(
+            lambda: build_generator(config, width), ((1, config.latent_dim), torch.float32), *told
+        )
+        return generator + forward_flops(lambda: build_discriminator(config, width), images, *told)
+
+    def _penalty(self, real: Tensor, fake: Tensor, condition: Tensor | None, seeds: Tensor) -> Tensor:
+        """Of images as the discriminator sees them."""
+
+        def score(images: Tensor) -> Tensor:
+            return self.discriminator(images, condition).logits
+
+        penalties, total = self.config.penalties, torch.zeros(len(real), device=real.device)
+        if penalties.r1:
+            total = total + zero_centred(score, real, penalties.r1)
+        if penalties.r2:
+            total = total + zero_centred(score, fake, penalties.r2)
+        if penalties.gradient:
+            total = total + gradient_penalty(score, real, fake, seeds, penalties.gradient)
+        return total
+
+    def _facts(self, of_real: Scores, of_fake: Scores) -> dict[str, Tensor]:
+        """What the discriminator says, (batch,) each, and how often it is right: of pairs, where it compares them."""
+        real, fake = of_real.logits.detach(), of_fake.logits.detach()
+        border = self._border
+        if self.game.paired:
+            right = {"accuracy": (real > fake).float()}
+        else:
+            right = {"accuracy_real": (real > border).float(), "accuracy_fake": (fake < border).float()}
+        return {"score_real": real, "score_fake": fake, "sign_real": (real - border).sign(), **right}
+
+    @property
+    def _border(self) -> float:
+        """What the discriminator says of an image that it cannot tell: between the targets."""
+        return self.config.real_target / 2 if self.config.loss == "least_squares" else 0.0
+
+    def _instance_noise(self, step: int) -> float:
+        """Its deviation at a step."""
+        steps = self.config.instance_noise_steps
+        return self.config.instance_noise * (1.0 if steps is None else max(0.0, 1 - step / steps))
+
+    def _adapt(self, batches: Sequence[Batch]) -> None:
+        """Change the probability of augmentation at the steps that do."""
+        chosen = self.config.augmentation
+        if isinstance(chosen, AdaptiveAugment) and batches[0]["step"] % chosen.every == 0:
+            self.augmentation.change(chosen.target, chosen.images)
+
+
+class AugmentationState:
+    """How probable each alteration is, and the signs of the discriminator's outputs since that was last changed.
+
+    Karras et al. 2020, section 3.1: r_t, the mean sign for real images, is held at a target. Equal on all ranks.
+    """
+
+    def __init__(self, probability: float = 0.0, signs: float = 0.0, count: float = 0.0) -> None:
+        self.probability, self.signs, self.count = probability, signs, count
+
+    @staticmethod
+    def of(state: dict[str, Tensor]) -> AugmentationState:
+        return AugmentationState(*state["augmentation"].tolist())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `of` reads."""
+        return {"augmentation": torch.tensor([self.probability, self.signs, self.count], dtype=torch.float64)}
+
+    def see(self, logits: Tensor, weight: Tensor) -> None:
+        """Outputs for real images of this rank, (batch,). Collective."""
+        logits, weight = logits.detach(), weight.to(logits)
+        seen = torch.stack([(logits.sign() * weight).sum(), weight.sum()]).double()
+        if dist.is_initialized():
+            dist.all_reduce(seen)
+        self.signs += float(seen[0])
+        self.count += float(seen[1])
+
+    def change(self, target: float, images: float) -> None:
+        """Towards the target, by as much as was seen of the `images` in which it can go from 0 to 1."""
+        if self.count:
+            step = self.count / images
+            self.probability += step if self.signs / self.count > target else -step
+            self.probability = min(max(self.probability, 0.0), 1.0)
+        self.signs = self.count = 0.0
+
+
+def _next_of_global_batch(own: Tensor) -> Tensor:
+    """For each sample of this rank what the next one of the global batch has: the same at every world size."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own.roll(-1, 0)
+    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, own.contiguous())
+    first = dist.get_rank() * len(own)
+    return torch.cat(parts).roll(-1, 0)[first : first + len(own)]

@@ -20,7 +20,7 @@ export MLFLOW_DISABLE_TELEMETRY ?= true
 help:
 	@echo "make demo       train the demo: autoencoder, text encoder, latent diffusion, pictures, report (7 minutes on 2 cores)"
 	@echo "make demo-ldm-variants   denoisers, prediction types and regularisers compared, trained side by side (15 minutes on 2 cores)"
-	@echo "make demo-unclip         CLIP, priors, decoder, upsampler: from a sentence to a picture through all (under 25 minutes on 2 cores)"
+	@echo "make demo-unclip         CLIP, priors, decoder, upsampler: from a sentence to a picture through all (16 minutes on 2 cores)"
 	@echo "make test       lint, types and all tests (about 23 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
 	@echo "make bench      what the machinery costs, side by side with the bare thing (under 20 minutes on 2 cores)"

@@ -16,7 +16,7 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
-from genmodels.gan.config import GanConfig
+from genmodels.gan.config import GanConfig, Pix2PixConfig
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ _Alone = (
     | DiffusionPriorConfig
     | AutoregressivePriorConfig
     | GanConfig
+    | Pix2PixConfig
 )
 MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
@@ -54,9 +55,9 @@ class SideBySideConfig(Section):
         images = {condition.member for condition in told if condition is not None and condition.kind == "member"}
         if len(images) > 1:
             raise ValueError(f"members are told the same image of a sample, not {', '.join(sorted(images))}")
-        shown = [getattr(member, "zero_shot", None) for member in self.members.values()]
-        if len(labels := {each.label for each in shown if each is not None}) > 1:
-            raise ValueError(f"members read the same label of a sample, not {', '.join(sorted(labels))}")
+        labels = {getattr(member, "label", None) for member in self.members.values()} - {None}
+        if len(labels) > 1:
+            raise ValueError(f"members read the same label of a sample, not {', '.join(sorted(map(str, labels)))}")
         return self
 
     @property
@@ -100,6 +101,10 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.gan.objective import Gan
 
             return Gan
+        case "pix2pix":
+            from genmodels.gan.pix2pix import Pix2Pix
+
+            return Pix2Pix
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 

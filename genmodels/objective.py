@@ -23,7 +23,7 @@ Batch = dict[str, Any]
 - `seeds`     int64 (batch,): drawn from (seed, lane, position); all randomness of a sample comes from it
 - `keys`      list of `shard/key`
 - `captions`  list of str
-- `labels`    list of str, where the objective's `zero_shot` names their member; "" where a sample has none
+- `labels`    list of str, where the objective's configuration has a `label`, their member; "" where a sample has none
 - `token_ids` int64 (batch, length), where the run has a tokenizer
 - `condition_images` float32 like images, where the objective's `image_condition` names a member of the samples
 - `sizes`     int32 (batch, 4), where the objective's `size_conditioning` is on: the image's original height and width,

@@ -33,6 +33,11 @@ def is_unclip(folder: str | os.PathLike[str]) -> bool:
     return (Path(folder) / "unclip.json").is_file()
 
 
+def is_gan(folder: str | os.PathLike[str]) -> bool:
+    """Whether an export folder holds a GAN's generator."""
+    return (Path(folder) / "gan.json").is_file()
+
+
 def folder_digest(folder: str | os.PathLike[str]) -> str:
     """sha256 over the names and contents of all files of a folder, as hex digits."""
     total = hashlib.sha256()

@@ -156,9 +156,9 @@ class PatchDiscriminator(nn.Module):
     group normalisation in place of batch normalisation: no sample's score depends on its batch.
     """
 
-    def __init__(self, channels: int = 64, layers: int = 3) -> None:
+    def __init__(self, channels: int = 64, layers: int = 3, in_channels: int = 3) -> None:
         super().__init__()
-        parts: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        parts: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for layer in range(1, layers + 1):
             wider = channels * min(2**layer, 8)
@@ -176,7 +176,7 @@ class PatchDiscriminator(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Scores (batch, 1, rows, columns), higher for real, of images (batch, 3, height, width) in [-1, 1]."""
+        """Scores (batch, 1, rows, columns), higher for real, of images (batch, channels, height, width) in [-1, 1]."""
         return self.layers(images.to(next(self.parameters()).dtype)).float()
 
 

@@ -73,6 +73,11 @@ class ClipConfig(Section):
     )
 
     @property
+    def label(self) -> str | None:
+        """Where the samples' labels are read, if they are."""
+        return None if self.zero_shot is None else self.zero_shot.label
+
+    @property
     def conditional(self) -> bool:
         """Whether captions are read: always."""
         return True

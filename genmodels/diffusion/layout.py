@@ -29,7 +29,9 @@ def own_index(folder: Path) -> dict[str, Any]:
 
 def image_condition(folder: Path) -> dict[str, Any] | None:
     """The configuration of the image that the model is told; None where it is told none."""
-    return own_index(folder).get("image_condition")
+    of_gan = folder / "gan.json"
+    index = json.loads(of_gan.read_text()) if of_gan.is_file() else own_index(folder)
+    return index.get("image_condition")
 
 
 def takes_prompts(folder: Path) -> bool:

@@ -23,7 +23,12 @@ def build_discriminator(config: GanConfig, text_width: int | None = None) -> nn.
     """Freshly initialised; see `build_generator`."""
     kind = _KINDS[config.discriminator.kind]
     conditioner = build_conditioner(config, text_width)
-    return kind.Discriminator(config.discriminator, config.image_size, conditioner, config.condition_dim)
+    joint = config.semi_supervised is not None
+    named = config.semi_supervised.classes if config.semi_supervised is not None else config.classes or []
+    classes = len(named) if joint or config.auxiliary_weight else 0
+    return kind.Discriminator(
+        config.discriminator, config.image_size, conditioner, config.condition_dim, classes, joint
+    )
 
 
 def build_conditioner(config: GanConfig, text_width: int | None = None) -> Conditioner | None:

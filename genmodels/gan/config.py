@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
+from genmodels.diffusion.config import MemberCondition
 from genmodels.gan.losses import SMOOTHED, LossName
 from genmodels.text.config import NoTextEncoder, PretrainedTextEncoder, TrainedTextEncoder
 
@@ -132,6 +133,60 @@ class Penalties(Section):
         return max(self.r1, self.r2, self.gradient) > 0
 
 
+class PatchConfig(Section):
+    """A score for each overlapping patch (Isola et al. 2017, section 3.2.2)."""
+
+    channels: int = Field(64, gt=0, description="after the first layer, doubled at each of the next three")
+    layers: int = Field(3, gt=0, description="halvings: 3 is a patch of 70×70 pixels, 2 of 34×34, 1 of 16×16")
+
+
+class Pix2PixConfig(Section):
+    """From one image to another, learnt from samples that hold both (Isola et al. 2017)."""
+
+    kind: Literal["pix2pix"] = "pix2pix"
+    image_size: int = Field(256, gt=0, description="height and width in pixels: 8, 16, 32, …")
+    image_condition: MemberCondition = Field(
+        MemberCondition(), description="the image that is given: kind member; the sample's image is what is made of it"
+    )
+    channels: int = Field(64, gt=0, description="of the U-Net at the finest resolution, doubled at each coarser one")
+    largest: int = Field(512, gt=0, description="channels at most")
+    halvings: int | None = Field(None, gt=0, description="of the image in the U-Net [down to 4 pixels a side]")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of its coarse features dropped, by each sample's seed")
+    discriminator: PatchConfig = PatchConfig()
+    loss: LossName = Field("non_saturating", description="the game")
+    l1_weight: float = Field(100.0, ge=0, description="of the mean distance from the sample's own image")
+    preview_samples: int = Field(8, gt=0, description="samples in a grid, at most")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Pix2PixConfig:
+        if self.image_size % 2**self.depth:
+            raise ValueError(f"image_size {self.image_size} is not a multiple of {2**self.depth} (from halvings)")
+        if self.image_size < 2 ** (self.discriminator.layers + 2):
+            raise ValueError(
+                f"discriminator.layers={self.discriminator.layers} leaves nothing of {self.image_size} pixels: less"
+            )
+        if self.image_condition.dropout:
+            raise ValueError("image_condition.dropout: the given image is all there is to go by")
+        return self
+
+    @property
+    def depth(self) -> int:
+        """Halvings of the image."""
+        return self.halvings or max(1, (self.image_size // START).bit_length() - 1)
+
+
+class SemiSupervised(Section):
+    """Few samples have a label: the discriminator sorts images into the classes and "drawn" (Salimans et al. 2016,
+    section 5). It is the classifier that this trains."""
+
+    label: str = Field(description="shard member with the class of a sample, where it has one: cls, or json:KEY")
+    classes: list[str] = Field(min_length=2, description="the labels that count; samples with others have none")
+    feature_matching: bool = Field(
+        True,
+        description="the generator's loss: mean features as those of real images (section 3.1), in place of the game",
+    )
+
+
 class GanConfig(Section):
     """Generator and discriminator, with classes, a text, or neither."""
 
@@ -151,6 +206,10 @@ class GanConfig(Section):
         None, description="in place of text: the captions are names of classes, and these are all of them"
     )
     condition_dim: int = Field(128, gt=0, description="features of a condition, and of what the score is read off")
+    auxiliary_weight: float = Field(
+        0.0, ge=0, description="of naming the class, for both networks (Odena et al. 2017); needs classes"
+    )
+    semi_supervised: SemiSupervised | None = Field(None, description="a classifier from few labels")
     matching_aware: bool = Field(
         False, description="real images with another sample's text are a third kind of input (Reed et al. 2016)"
     )
@@ -189,6 +248,10 @@ class GanConfig(Section):
             raise ValueError("classes must be two names at least, each one once")
         if self.matching_aware and not self.conditional:
             raise ValueError("matching_aware needs something to match: a text_encoder, or classes")
+        if self.auxiliary_weight and self.classes is None:
+            raise ValueError("auxiliary_weight is of classes: name them")
+        if self.semi_supervised is not None and (self.conditional or self.matching_aware):
+            raise ValueError("semi_supervised draws without a condition: leave classes and text_encoder out")
         if self.real_target != 1 and self.loss not in SMOOTHED:
             raise ValueError(f"real_target is of losses {', '.join(SMOOTHED)}: {self.loss} has no target to soften")
         if self.penalties.any and getattr(self.discriminator, "norm", "none") == "batch":
@@ -196,6 +259,11 @@ class GanConfig(Section):
                 "under a penalty no gradient may run between samples: set discriminator.norm=group or none, not batch"
             )
         return self
+
+    @property
+    def label(self) -> str | None:
+        """Where the samples' labels are read, if they are."""
+        return None if self.semi_supervised is None else self.semi_supervised.label
 
     @property
     def takes_text(self) -> bool:

@@ -2,5 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 INDEX = "gan.json"  # marks the folder
 GENERATOR, DISCRIMINATOR = "generator.safetensors", "discriminator.safetensors"
+
+
+def told_image(folder: Path) -> bool:
+    """Whether it makes an image of another."""
+    return json.loads((folder / INDEX).read_text()).get("image_condition") is not None

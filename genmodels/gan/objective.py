@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import CLIPTokenizer
 
 from genmodels import random
@@ -65,7 +67,7 @@ class Gan(Objective):
             Phase(
                 "discriminator",
                 self.discriminator_loss,
-                couples_samples=any(coupled.values()),
+                couples_samples=any(coupled.values()) or config.semi_supervised is not None,
                 double_backward=config.penalties.any,
                 clip_weights=config.weight_clip,
             ),
@@ -73,7 +75,7 @@ class Gan(Objective):
                 "generator",
                 self.generator_loss,
                 every=config.discriminator_steps,
-                couples_samples=any(coupled.values()),
+                couples_samples=any(coupled.values()) or self._matches_features,
             ),
         ]
         self.augmentation = AugmentationState()
@@ -172,6 +174,11 @@ class Gan(Objective):
             differs = (wrong != condition).flatten(1).any(1) if wrong.ndim > 1 else wrong != condition
             per_sample = torch.where(differs, (per_sample + against) / 2, per_sample)
             metrics["score_wrong"] = of_wrong
+        if self._names_classes:
+            named, metrics["class_loss"] = self._class_loss(of_real, batch)
+            if self.config.auxiliary_weight:
+                named = named + self._class_loss(of_fake, batch)[0]
+            per_sample = per_sample + named
         if batch["step"] % self.config.penalties.every == 0 and self.config.penalties.any:
             penalty = self._penalty(real, fake, condition, batch["seeds"])
             per_sample = per_sample + self.config.penalties.every * penalty
@@ -187,12 +194,18 @@ class Gan(Objective):
         """The game's other loss; real images are seen only where outputs are compared in pairs."""
         condition, weight = self.condition(batch), batch["weight"]
         drawn = self.generate(batch["seeds"], condition, "generator")
-        of_fake = self.discriminator(self.shown(drawn, batch, "generator"), condition).logits
+        of_fake = self.discriminator(self.shown(drawn, batch, "generator"), condition)
         of_real = None
-        if self.game.paired:
+        if self.game.paired or self._matches_features:
             with torch.no_grad():
-                of_real = self.discriminator(self.shown(batch["images"], batch, "beside generator"), condition).logits
-        per_sample = self.game.of_generator(of_fake, of_real)
+                of_real = self.discriminator(self.shown(batch["images"], batch, "beside generator"), condition)
+        if self._matches_features:
+            assert of_real is not None
+            per_sample = self._feature_distance(of_fake.features, of_real.features, weight).expand(len(weight))
+        else:
+            per_sample = self.game.of_generator(of_fake.logits, None if of_real is None else of_real.logits)
+        if self.config.auxiliary_weight:
+            per_sample = per_sample + self._class_loss(of_fake, batch)[0]
         return PhaseLoss((weight * per_sample).mean(), {"generator_loss": Mean.of(per_sample, weight)})
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
@@ -204,7 +217,12 @@ class Gan(Objective):
         drawn = self.generate(batch["seeds"], condition, "validation")
         of_real, of_fake = self.discriminator(batch["images"], condition), self.discriminator(drawn, condition)
         values = {"loss": self.game.of_discriminator(of_real.logits, of_fake.logits), **self._facts(of_real, of_fake)}
-        return {name: Mean.of(value, batch["weight"]) for name, value in values.items()}
+        metrics = {name: Mean.of(value, batch["weight"]) for name, value in values.items()}
+        if of_real.classes is not None:
+            labels = self._known_labels(batch)
+            right = (of_real.classes.argmax(1) == labels).float()
+            metrics["class_accuracy"] = Mean.of(right, batch["weight"] * (labels >= 0))
+        return metrics
 
     def preview(self, batch: Batch) -> Preview:
         """Pictures for held-out captions, or of nothing but latents."""
@@ -268,6 +286,43 @@ class Gan(Objective):
             lambda: build_generator(config, width), ((1, config.latent_dim), torch.float32), *told
         )
         return generator + forward_flops(lambda: build_discriminator(config, width), images, *told)
+
+    @property
+    def _names_classes(self) -> bool:
+        return self.config.semi_supervised is not None or self.config.auxiliary_weight > 0
+
+    @property
+    def _matches_features(self) -> bool:
+        return self.config.semi_supervised is not None and self.config.semi_supervised.feature_matching
+
+    def _known_labels(self, batch: Batch) -> Tensor:
+        """Number of each sample's class, int64 (batch,): -1 where it has none."""
+        if self.config.semi_supervised is None:
+            return self.labels(batch)
+        number = {label: row for row, label in enumerate(self.config.semi_supervised.classes)}
+        return torch.tensor([number.get(label, -1) for label in batch["labels"]], device=batch["seeds"].device)
+
+    def _class_loss(self, scores: Scores, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Cross entropy of naming the class, weighted, and plain; (batch,) each, 0 for samples without a label."""
+        assert scores.classes is not None
+        labels = self._known_labels(batch)
+        plain = cross_entropy(scores.classes, labels.clamp(min=0), reduction="none") * (labels >= 0)
+        factor = self.config.auxiliary_weight
+        if self.config.semi_supervised is not None:
+            # The mean is over the samples that have a label, however few of the global batch these are.
+            known = torch.stack([(batch["weight"] * (labels >= 0)).sum(), batch["weight"].sum()])
+            if dist.is_initialized():
+                dist.all_reduce(known)
+            factor = float(known[1] / known[0].clamp(min=1))
+        return factor * plain, plain.detach()
+
+    def _feature_distance(self, fake: Tensor, real: Tensor, weight: Tensor) -> Tensor:
+        """‖mean f(drawn) − mean f(real)‖² over the global batch (Salimans et al. 2016, section 3.1)."""
+        total = torch.cat([(weight[:, None] * each).sum(0) for each in (fake, real)] + [weight.sum()[None]])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            total = collectives.all_reduce(total)
+        ours, theirs = total[:-1].chunk(2)
+        return ((ours - theirs) / total[-1].clamp(min=1)).square().sum()
 
     def _penalty(self, real: Tensor, fake: Tensor, condition: Tensor | None, seeds: Tensor) -> Tensor:
         """Of images as the discriminator sees them."""

@@ -165,5 +165,5 @@ def curve_sources(request: Request, generated: Drawn) -> dict[str, dict[str, Dra
             if value != generated.options[option]
         }
         for option, values in request.curve_settings.items()
-        if option != "guidance_scale" or guided
+        if option in generated.options and (option != "guidance_scale" or guided)
     }

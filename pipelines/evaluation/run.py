@@ -182,7 +182,7 @@ def _conditions(
     if isinstance(generated, Drawn):
         options = dict(generated.options)
         drawn = {"seed": request.seed, "precision": sets.generated.facts().get("precision")}
-        drawn |= {name: options.pop(name) for name in ("sampler", "num_steps", "guidance_scale")}
+        drawn |= {name: options.pop(name, None) for name in ("sampler", "num_steps", "guidance_scale")}
         options.pop("batch_size", None)  # it changes no picture
         drawn["options"] = {name: json.dumps(v) if isinstance(v, (tuple, list)) else v for name, v in options.items()}
     if request.perceptual is not None:

@@ -292,8 +292,8 @@ class TrainConfig(Section):
             )
         if metric is not None and self.best.better == "lower" and any(part in metric for part in _HIGHER):
             wrong.append(f"best.metric={metric} is better the higher it is: set best.better=higher")
-        if metric == "val_frechet_distance" and not self.evaluation.every:
-            wrong.append("best.metric=val_frechet_distance is measured by evaluation.every: set it")
+        if metric in _DRAWN and not self.evaluation.every:
+            wrong.append(f"best.metric={metric} is measured by evaluation.every: set it")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -320,7 +320,8 @@ def _reads_arrays(objective: Any) -> bool:
     return any(stored) or getattr(getattr(objective, "image_embedding", None), "member", None) is not None
 
 
-_HIGHER = ("accuracy", "recall", "cosine", "psnr")
+_HIGHER = ("accuracy", "recall", "cosine", "psnr", "coverage", "spread", "nearest")
+_DRAWN = ("val_frechet_distance", "val_coverage", "val_recall", "val_spread", "val_nearest")
 
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (

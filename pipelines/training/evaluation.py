@@ -1,8 +1,9 @@
-"""Pictures drawn during training, measured on all ranks: the Fréchet distance to real held-out ones."""
+"""Pictures drawn during training, measured on all ranks: the Fréchet distance to real held-out ones, and variety."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from genmodels.clip.frozen import fit
 from genmodels.features.extractor import FeatureExtractor
+from genmodels.metrics.collapse import measure_variety
 from genmodels.metrics.frechet import FeatureSums, Gaussian
 from genmodels.objective import Drawing
 from pipelines.data.batch import RankBatch
@@ -19,12 +21,17 @@ from pipelines.training.trainer import Trainer
 FRECHET_DISTANCE = "val_frechet_distance"
 """Of equal numbers each time, so its bias of order 1/samples is the same at all steps; `evaluate.py` takes it off."""
 
+VARIETY = ("coverage", "recall", "spread", "nearest")
+MEASURED = (FRECHET_DISTANCE, "val_collapsed", *(f"val_{name}" for name in VARIETY))
+_FEWEST = 20  # pictures whose variety can be judged
+
 
 class DrawnPictures:
     """Draws the same captions with the same seeds each time, so that figures compare from step to step.
 
-    Every rank draws and measures its part; what is summed over ranks is the mean and the outer products of features,
-    never the samples. All of it is collective.
+    Every rank draws and measures its part; what is summed over ranks is the mean and the outer products of features.
+    For the variety as many features as there are pictures in one evaluation, and twice as many real ones, are gathered.
+    All of it is collective.
     """
 
     def __init__(
@@ -39,35 +46,70 @@ class DrawnPictures:
         is that of drawn pictures, where a CLIP may read the real ones larger."""
         self.extractor, self.asked, self.drawing = extractor, asked, drawing
         sums = FeatureSums.zero(extractor.dimensions)
+        self.reasons: tuple[str, ...] = ()  # why the latest pictures are taken for collapsed, on rank 0
+        kept: list[np.ndarray] = []
         for batch in real:
             images = batch["images"]
             if image_size not in (None, images.shape[-1]):
                 images = _bytes(fit(images.float() / 127.5 - 1, image_size))
-            self._add(sums, images.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+            kept += self._add(sums, images.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+        count = sum(len(batch["weight"]) for batch in asked) * (dist.get_world_size() if dist.is_initialized() else 1)
+        self._real_features = _spread(self._gathered(kept), 2 * count)
         self.real = self._summed(sums)
 
     def measure(self, trainer: Trainer, step: int) -> dict[str, float]:
-        """`val_frechet_distance` of the averaged weights; the same on all ranks."""
+        """MEASURED, of the averaged weights; the same on all ranks.
+
+        The variety is in shares of what real pictures have (see `measure_variety`), and `val_collapsed` is 1 where that
+        sets the alarm off; of fewer than 20 pictures there is none.
+        """
         sums = FeatureSums.zero(self.extractor.dimensions)
+        features: list[np.ndarray] = []
         with trainer.with_ema(), trainer.autocast():
             for batch in self.asked:
                 drawn = trainer.objective.draw(trainer.to_device(batch, step), self.drawing)
                 assert drawn is not None  # `check_phases` refuses objectives that draw nothing
                 pictures = _bytes(drawn.float())
                 with torch.autocast(trainer.device.type, enabled=False):  # as real pictures are measured
-                    self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+                    features += self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
         found = torch.tensor(0.0, dtype=torch.float64, device=trainer.device)
         gaussian = self._summed(sums)
         if _rank() == 0:  # takes seconds where features are wide: once is enough
             found.fill_(gaussian.distance(self.real))
         if dist.is_initialized():
             dist.broadcast(found, 0)
-        return {FRECHET_DISTANCE: float(found)}
+        return {FRECHET_DISTANCE: float(found), **self._variety(features)}
 
-    def _add(self, sums: FeatureSums, pictures: np.ndarray, weight: Tensor) -> None:
+    def _variety(self, own: list[np.ndarray]) -> dict[str, float]:
+        drawn, real = self._gathered(own), self._real_features
+        if min(len(drawn), len(real) // 2) < _FEWEST:
+            return {}
+        told = torch.zeros(1 + len(VARIETY), dtype=torch.float64, device=self.extractor.device)
+        if _rank() == 0:
+            variety = measure_variety(drawn, real[0::2], real[1::2])
+            self.reasons = variety.reasons
+            told += torch.tensor([float(variety.collapsed), *variety[: len(VARIETY)]], device=told.device)
+        if dist.is_initialized():
+            dist.broadcast(told, 0)
+        return dict(zip(("val_collapsed", *(f"val_{name}" for name in VARIETY)), told.tolist(), strict=True))
+
+    def _gathered(self, own: list[np.ndarray]) -> np.ndarray:
+        """Features of all ranks, in order: float32 (samples, dimensions)."""
+        mine = np.concatenate([np.empty((0, self.extractor.dimensions), np.float32), *own])
+        if not dist.is_initialized():
+            return mine
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        return np.concatenate(parts)
+
+    def _add(self, sums: FeatureSums, pictures: np.ndarray, weight: Tensor) -> list[np.ndarray]:
+        """Add the features of the good pictures; returns them."""
         good = weight.cpu().numpy() > 0  # neither quarantined nor padding
-        if good.any():
-            sums.add(self.extractor(pictures[good]).features)
+        if not good.any():
+            return []
+        features = self.extractor(pictures[good]).features
+        sums.add(features)
+        return [np.asarray(features, np.float32)]
 
     def _summed(self, sums: FeatureSums) -> Gaussian:
         """Over all ranks."""
@@ -78,6 +120,11 @@ class DrawnPictures:
                 dist.all_reduce(part)
         count, total, outer = (part.cpu().numpy() for part in parts)
         return FeatureSums(round(float(count)), total, outer).gaussian()
+
+
+def _spread(features: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of them, evenly spaced."""
+    return features[np.linspace(0, len(features) - 1, min(count, len(features))).round().astype(int)]
 
 
 def _bytes(images: Tensor) -> Tensor:

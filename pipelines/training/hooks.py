@@ -22,7 +22,7 @@ from pipelines.pictures import grid_png
 from pipelines.training.audit import Audit
 from pipelines.training.checkpoint import Checkpoint, commit_snapshot, prune
 from pipelines.training.config import TrainConfig
-from pipelines.training.evaluation import FRECHET_DISTANCE, DrawnPictures
+from pipelines.training.evaluation import MEASURED, DrawnPictures
 from pipelines.training.metrics import device_peak_flops, durations, finite, flop_utilisation, memory_mib
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer, TrainingStopped
@@ -79,7 +79,7 @@ class RunHooks:
         if every and (last or step % every == 0):
             self._show(step, force=True, doing="drawing and measuring")
             drawn = self._evaluate(trainer, step)
-        measured = drawn if self.config.best.metric == FRECHET_DISTANCE else validated
+        measured = drawn if self.config.best.metric in MEASURED else validated
         if measured and self.config.best.metric is not None:
             last = self._keep_best(trainer, step, measured) or last
             if last and not log:
@@ -161,6 +161,8 @@ class RunHooks:
                 self.config.objective.image_size,
             )
         metrics = self._drawn.measure(trainer, step)
+        if self._drawn.reasons and self.board is not None:
+            self.board.note.remote(f"step {step}: the model may have collapsed: {'; '.join(self._drawn.reasons)}")
         self._report(step, metrics)
         return metrics
 
@@ -263,7 +265,7 @@ def measured_how(config: TrainConfig) -> dict[str, Any]:
     """What the figure of `best.metric` depends on besides the weights: only what was measured alike is compared."""
     best = config.best
     how: dict[str, Any] = {"metric": best.metric, "better": best.better}
-    if best.metric == FRECHET_DISTANCE:
+    if best.metric in MEASURED:
         return how | config.evaluation.model_dump(mode="json", exclude={"every"})
     return how | {"validation_samples": config.run.validation_samples}
 

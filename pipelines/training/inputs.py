@@ -252,7 +252,7 @@ def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
         condition_image=next((condition.member for condition in told if condition.kind == "member"), None),
         sizes=any(getattr(member, "size_conditioning", False) for member in members),
         arrays=arrays,
-        label=next((zero_shot.label for member in members if (zero_shot := getattr(member, "zero_shot", None))), None),
+        label=next((label for member in members if (label := getattr(member, "label", None)) is not None), None),
     )
     tokenizer = inputs / "tokenizer"
     if not tokenizer.is_dir():

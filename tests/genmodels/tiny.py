@@ -12,6 +12,7 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import ObjectiveConfig, build_objective
+from genmodels.gan.config import GanConfig
 from genmodels.objective import Batch
 from genmodels.text import tokenizer
 
@@ -58,6 +59,13 @@ def upsampler_config(**changes: Any) -> LatentDiffusionConfig:
     unet = {**UNET, "attention": [False, False], "middle_attention": False}
     settings = {"autoencoder": None, "denoiser": unet, "text_encoder": {"kind": "none"}, "image_condition": told}
     return diffusion_config(**{**settings, **changes})
+
+
+def gan_config(**changes: Any) -> GanConfig:
+    shape = {"kind": "style", "channels": 8, "largest": 16}
+    settings = {"image_size": 16, "latent_dim": 8, "condition_dim": 16, "loss": "non_saturating", **changes}
+    own = {"generator": {**shape, "style_dim": 16, "mapping_layers": 1}, "discriminator": shape}
+    return GanConfig.model_validate({**own, **settings})
 
 
 def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:

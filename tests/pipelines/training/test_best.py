@@ -17,6 +17,7 @@ from pipelines.data.index import load_index
 from pipelines.data.quarantine import Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.demo.classifier import digits_extractor
+from pipelines.demo.evaluation import real_pictures
 from pipelines.training.checkpoint import Checkpoint, Snapshot, list_checkpoints
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.evaluation import DrawnPictures
@@ -203,6 +204,37 @@ def test_the_distance_is_that_of_all_pictures_at_any_number_of_ranks():
     expected = sample_frechet_distance(*features)
     for world_size in (1, 2):
         assert on_ranks(world_size, _distance) == pytest.approx([expected] * world_size, rel=1e-6)
+
+
+class _Digits(_Drawer):
+    """Draws a digit of its own for every seed, or the same few for all."""
+
+    def __init__(self, few: int | None) -> None:
+        super().__init__()
+        pictures = real_pictures("train", 32, 0)[0][: 200 if few is None else few]
+        self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    def draw(self, batch: Any, drawing: Drawing) -> torch.Tensor:
+        return self.pictures[batch["seeds"] % len(self.pictures)]
+
+
+def _variety(rank: int, world_size: int, few: int | None) -> tuple[dict[str, float], tuple[str, ...]]:
+    real = torch.from_numpy(real_pictures("held_out", 32, 0)[0][:200]).permute(0, 3, 1, 2)
+    mine = range(rank * 200 // world_size, (rank + 1) * 200 // world_size)
+    batch: Any = {"images": real[mine], "seeds": torch.tensor(list(mine)), "weight": torch.ones(len(mine))}
+    drawn = DrawnPictures(digits_extractor(), [batch], [batch], Drawing())
+    trainer: Any = _Digits(few)
+    return drawn.measure(trainer, 1), drawn.reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("few", "collapsed"), [(None, 0), (1, 1), (5, 1)])
+def test_an_alarm_goes_off_where_the_same_few_pictures_are_drawn(few: int | None, collapsed: int) -> None:
+    (alone, why), *pair = [each for size in (1, 2) for each in on_ranks(size, _variety, few)]
+    assert alone["val_collapsed"] == collapsed and bool(why) == bool(collapsed)
+    for found, _ in pair:
+        assert found == pytest.approx(alone, rel=1e-5)
+    assert pair[1][1] == () or not collapsed, "said once, by rank 0"
 
 
 @pytest.mark.slow

@@ -99,9 +99,12 @@ class FrozenClip(nn.Module):
 
         In float32 also under autocast, so that they are those that are stored in shards.
         """
-        images = fit(images, self.image_size)
         with torch.autocast(images.device.type, enabled=False):
-            return self.pair.embed_images(((images + 1) / 2 - self._mean) / self._deviation)
+            return self.embed_drawn(images.float())
+
+    def embed_drawn(self, images: Tensor) -> Tensor:
+        """As `embed_images`, of images that gradients are to reach; under autocast in its precision."""
+        return self.pair.embed_images(((fit(images, self.image_size) + 1) / 2 - self._mean) / self._deviation)
 
     @torch.no_grad()
     def read_texts(self, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:

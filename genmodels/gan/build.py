@@ -7,13 +7,14 @@ from torch import nn
 from genmodels.gan.config import GanConfig
 from genmodels.gan.networks import dcgan, modern, resnet, style
 from genmodels.gan.networks.blocks import Conditioner
+from genmodels.text.config import PretrainedTextEncoder
 from genmodels.text.encoder import pretrained_width
 
 _KINDS = {"dcgan": dcgan, "resnet": resnet, "modern": modern, "style": style}
 
 
 def build_generator(config: GanConfig, text_width: int | None = None) -> nn.Module:
-    """Freshly initialised; `text_width` are the features of the text encoder at hand [those in the configuration]."""
+    """Freshly initialised; `text_width` are the features of the text encoder or CLIP at hand [those configured]."""
     kind = _KINDS[config.generator.kind]
     conditioner = build_conditioner(config, text_width)
     return kind.Generator(config.generator, config.image_size, config.latent_dim, conditioner, config.condition_dim)
@@ -37,4 +38,6 @@ def build_conditioner(config: GanConfig, text_width: int | None = None) -> Condi
         return None
     if config.classes is not None:
         return Conditioner(len(config.classes), None, config.condition_dim)
-    return Conditioner(None, text_width or pretrained_width(config.text_encoder), config.condition_dim)  # type: ignore[arg-type]
+    if isinstance(config.text_encoder, PretrainedTextEncoder):
+        return Conditioner(None, text_width or pretrained_width(config.text_encoder), config.condition_dim)
+    return Conditioner(None, text_width or config.clip_dim, config.condition_dim)

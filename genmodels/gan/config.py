@@ -202,6 +202,18 @@ class GanConfig(Section):
     text_encoder: Annotated[TrainedTextEncoder | PretrainedTextEncoder | NoTextEncoder, Field(discriminator="kind")] = (
         Field(NoTextEncoder(), description="kind pretrained (frozen), or none")
     )
+    clip: str | None = Field(
+        None,
+        description="folder, checkpoint, models:/NAME or preset:NAME of a CLIP, or hub name of a CLIPModel: its "
+        "embeddings of the captions are told, in place of a text_encoder's",
+    )
+    clip_dim: int = Field(512, gt=0, description="features of its embeddings, for estimates while it is not at hand")
+    matching_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of telling, by that CLIP, a picture's own caption from those of the global batch: the sentence's "
+        "part of DAMSM (Xu et al. 2018)",
+    )
     classes: list[str] | None = Field(
         None, description="in place of text: the captions are names of classes, and these are all of them"
     )
@@ -242,6 +254,10 @@ class GanConfig(Section):
             )
         if isinstance(self.text_encoder, TrainedTextEncoder):
             raise ValueError("text_encoder.kind is pretrained or none: a GAN's is frozen (train a CLIP first)")
+        if self.clip is not None and self.text_encoder.kind != "none":
+            raise ValueError("clip reads the captions in place of a text_encoder: give one")
+        if self.matching_weight and self.clip is None:
+            raise ValueError("matching_weight is of a CLIP: name it with clip")
         if self.takes_text and self.classes is not None:
             raise ValueError("a caption is a text or the name of a class: with classes, set text_encoder.kind=none")
         if self.classes is not None and (len(self.classes) < 2 or len(set(self.classes)) < len(self.classes)):
@@ -268,7 +284,7 @@ class GanConfig(Section):
     @property
     def takes_text(self) -> bool:
         """Whether it is conditioned on text."""
-        return self.text_encoder.kind != "none"
+        return self.text_encoder.kind != "none" or self.clip is not None
 
     @property
     def conditional(self) -> bool:

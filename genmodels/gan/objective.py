@@ -6,6 +6,7 @@ Goodfellow et al., "Generative Adversarial Nets" (2014), algorithm 1, with any o
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import CLIPTokenizer
 
 from genmodels import random
+from genmodels.clip.frozen import FrozenClip
 from genmodels.gan.augment import augmented
 from genmodels.gan.build import build_discriminator, build_generator
 from genmodels.gan.config import AdaptiveAugment, GanConfig
@@ -51,6 +53,7 @@ class Gan(Objective):
         generator: nn.Module,
         text_encoder: TextEncoder | None = None,
         tokenizer: CLIPTokenizer | None = None,
+        clip: FrozenClip | None = None,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.discriminator, self.generator = discriminator, generator
@@ -58,6 +61,8 @@ class Gan(Objective):
         self.frozen: dict[str, nn.Module] = {}
         if text_encoder is not None:
             self.frozen["text_encoder"] = text_encoder.eval().requires_grad_(False)
+        if clip is not None:
+            self.frozen["clip"] = clip
         self.game = adversarial_loss(config.loss, config.real_target)
         coupled = {
             name: any(isinstance(part, BatchNorm) for part in network.modules())
@@ -82,17 +87,21 @@ class Gan(Objective):
 
     @staticmethod
     def from_config(config: GanConfig, inputs: Path | None = None) -> Gan:
-        """Build from a configuration; `inputs` holds `text_encoder/` and `tokenizer/` where it reads text.
+        """Build from a configuration; `inputs` holds `text_encoder/` and `tokenizer/`, or `clip/`, where it reads text.
 
         Raises:
             ValueError: an input is missing.
         """
-        text_encoder = tokenizer = width = None
-        if config.takes_text:
+        text_encoder = tokenizer = width = clip = None
+        if config.clip is not None:
+            clip = FrozenClip.from_folder(required_folder(inputs, "clip"))
+            tokenizer, width = clip.tokenizer, clip.embedding_dim
+        elif config.takes_text:
             text_encoder = open_text_encoder(required_folder(inputs, "text_encoder"))
             tokenizer = load_tokenizer(required_folder(inputs, "tokenizer"))
             width = int(text_encoder.config.hidden_size)
-        return Gan(config, build_discriminator(config, width), build_generator(config, width), text_encoder, tokenizer)
+        discriminator, generator = build_discriminator(config, width), build_generator(config, width)
+        return Gan(config, discriminator, generator, text_encoder, tokenizer, clip)
 
     @staticmethod
     def abstract_networks(config: GanConfig) -> dict[str, nn.Module]:
@@ -107,10 +116,15 @@ class Gan(Objective):
             return
         conditions = [self.condition(batch) for batch in batches]
         assert all(condition is not None for condition in conditions)
+        sizes = [len(each) for each in conditions]  # type: ignore[arg-type]
+        everyone, first = _global_batch(torch.cat(conditions))  # type: ignore[arg-type]
         if self.config.matching_aware:
-            wrong = _next_of_global_batch(torch.cat(conditions))  # type: ignore[arg-type]
-            for batch, part in zip(batches, wrong.split([len(each) for each in conditions]), strict=True):  # type: ignore[arg-type]
+            wrong = everyone.roll(-1, 0)[first : first + sum(sizes)]
+            for batch, part in zip(batches, wrong.split(sizes), strict=True):
                 batch["wrong condition"] = part
+        if self.config.matching_weight:
+            for batch in batches:
+                batch["all texts"] = everyone
 
     def condition(self, batch: Batch) -> Tensor | None:
         """Of each sample: features of its text, (batch, width), or its label, int64 (batch,); None without either."""
@@ -118,9 +132,15 @@ class Gan(Objective):
             return self.labels(batch)
         if not self.config.takes_text:
             return None
-        token_ids, encoder = batch["token_ids"], self.frozen["text_encoder"]
+        token_ids, encoder = batch["token_ids"], self.frozen.get("text_encoder") or self.frozen["clip"]
+
+        def read() -> Tensor:
+            if isinstance(encoder, FrozenClip):
+                return encoder.read_texts(token_ids)[2] * math.sqrt(encoder.embedding_dim)
+            return pooled_text(encoder, token_ids).float()  # type: ignore[arg-type]
+
         with torch.no_grad():
-            return once(batch, ("pooled text", encoder), (token_ids,), lambda: pooled_text(encoder, token_ids).float())
+            return once(batch, ("pooled text", encoder), (token_ids,), read)
 
     def labels(self, batch: Batch) -> Tensor:
         """Labels int64 (batch,) of captions that name classes; any of quarantined samples, which have no caption.
@@ -168,7 +188,8 @@ class Gan(Objective):
         metrics = self._facts(of_real, of_fake)
         if self.config.matching_aware:
             wrong = batch["wrong condition"]
-            of_wrong = self.discriminator(real, wrong).logits
+            # What is read off an image does not depend on the condition, which enters in the head alone.
+            of_wrong = self.discriminator.head(of_real.features, wrong).logits  # type: ignore[operator, union-attr]
             against = self.game.of_discriminator(of_real.logits, of_wrong)
             # A sample whose neighbour is told the same has no wrong condition.
             differs = (wrong != condition).flatten(1).any(1) if wrong.ndim > 1 else wrong != condition
@@ -206,7 +227,12 @@ class Gan(Objective):
             per_sample = self.game.of_generator(of_fake.logits, None if of_real is None else of_real.logits)
         if self.config.auxiliary_weight:
             per_sample = per_sample + self._class_loss(of_fake, batch)[0]
-        return PhaseLoss((weight * per_sample).mean(), {"generator_loss": Mean.of(per_sample, weight)})
+        metrics = {"generator_loss": Mean.of(per_sample, weight)}
+        if self.config.matching_weight:
+            matching = self._matching_loss(drawn, batch)
+            per_sample = per_sample + self.config.matching_weight * matching
+            metrics["matching_loss"] = Mean.of(matching, weight)
+        return PhaseLoss((weight * per_sample).mean(), metrics)
 
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The discriminator on held-out images: its loss, its scores, and how often it is right.
@@ -256,6 +282,8 @@ class Gan(Objective):
         if "text_encoder" in self.frozen:
             encoder: Any = self.frozen["text_encoder"]
             encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
+        if isinstance(clip := self.frozen.get("clip"), FrozenClip):
+            clip.save(folder / "clip")
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder / "tokenizer")
         content = {"config": json.loads(self.config.model_dump_json()), "classes": self.config.classes}
@@ -277,7 +305,7 @@ class Gan(Objective):
     @cached_property
     def _flops(self) -> float:
         config, size = self.config, self.config.image_size
-        width = None if "text_encoder" not in self.frozen else int(self.frozen["text_encoder"].config.hidden_size)  # type: ignore[union-attr, arg-type]
+        width = None if not config.takes_text else int(self._text_width)
         told: tuple[Any, ...] = ()
         if config.conditional:
             told = (((1,), torch.int64) if config.classes is not None else ((1, width), torch.float32),)
@@ -286,6 +314,13 @@ class Gan(Objective):
             lambda: build_generator(config, width), ((1, config.latent_dim), torch.float32), *told
         )
         return generator + forward_flops(lambda: build_discriminator(config, width), images, *told)
+
+    @property
+    def _text_width(self) -> int:
+        if isinstance(clip := self.frozen.get("clip"), FrozenClip):
+            return clip.embedding_dim
+        encoder: Any = self.frozen["text_encoder"]
+        return int(encoder.config.hidden_size)
 
     @property
     def _names_classes(self) -> bool:
@@ -315,6 +350,20 @@ class Gan(Objective):
                 dist.all_reduce(known)
             factor = float(known[1] / known[0].clamp(min=1))
         return factor * plain, plain.detach()
+
+    def _matching_loss(self, drawn: Tensor, batch: Batch) -> Tensor:
+        """−log of the probability that the CLIP gives each picture's own caption among those of the global batch,
+        (batch,): Xu et al. 2018, eq. 10, of the sentence. No gradient runs between samples: texts are given."""
+        clip = self.frozen["clip"]
+        assert isinstance(clip, FrozenClip)
+        everyone, own = batch["all texts"], self.condition(batch)
+        assert own is not None
+        images = clip.embed_drawn(drawn).float()
+        with torch.autocast(drawn.device.type, enabled=False):
+            logits = clip.pair.log_scale.exp() / math.sqrt(clip.embedding_dim) * images @ everyone.T
+        # A caption that is told more than once is as right as the sample's own.
+        same = (own[:, None] == everyone).all(2)
+        return logits.logsumexp(1) - logits.masked_fill(~same, -math.inf).logsumexp(1)
 
     def _feature_distance(self, fake: Tensor, real: Tensor, weight: Tensor) -> Tensor:
         """‖mean f(drawn) − mean f(real)‖² over the global batch (Salimans et al. 2016, section 3.1)."""
@@ -401,11 +450,10 @@ class AugmentationState:
         self.signs = self.count = 0.0
 
 
-def _next_of_global_batch(own: Tensor) -> Tensor:
-    """For each sample of this rank what the next one of the global batch has: the same at every world size."""
+def _global_batch(own: Tensor) -> tuple[Tensor, int]:
+    """What all ranks have, in the order of the global batch, and where this rank's part of it begins."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own.roll(-1, 0)
+        return own, 0
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own.contiguous())
-    first = dist.get_rank() * len(own)
-    return torch.cat(parts).roll(-1, 0)[first : first + len(own)]
+    return torch.cat(parts), dist.get_rank() * len(own)

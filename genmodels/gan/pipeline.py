@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from genmodels import random
+from genmodels.clip.frozen import FrozenClip
 from genmodels.diffusion.pipeline import to_pixels
 from genmodels.gan.build import build_generator
 from genmodels.gan.config import GanConfig
@@ -38,7 +40,7 @@ class GanModel:
     """
 
     takes_mask = takes_map = takes_embedding = False
-    given_size, image_condition, clip = 0, None, None
+    given_size, image_condition = 0, None
 
     def __init__(
         self,
@@ -47,8 +49,9 @@ class GanModel:
         text_encoder: TextEncoder | None = None,
         tokenizer: CLIPTokenizer | None = None,
         precision: str = "fp32",
+        clip: FrozenClip | None = None,
     ) -> None:
-        self.config, self.generator, self.precision = config, generator.eval(), precision
+        self.config, self.generator, self.precision, self.clip = config, generator.eval(), precision, clip
         self.text_encoder, self.tokenizer, self.classes = text_encoder, tokenizer, config.classes
 
     @staticmethod
@@ -57,14 +60,17 @@ class GanModel:
         if not (folder / INDEX).is_file():
             raise ValueError(f"{folder} is no export of a GAN (no {INDEX} there)")
         config = TypeAdapter(GanConfig).validate_python(json.loads((folder / INDEX).read_text())["config"])
-        text_encoder = tokenizer = width = None
-        if config.takes_text:
+        text_encoder = tokenizer = width = clip = None
+        if config.clip is not None:
+            clip = FrozenClip.from_folder(folder / "clip").to(device)
+            tokenizer, width = clip.tokenizer, clip.embedding_dim
+        elif config.takes_text:
             text_encoder = open_text_encoder(folder / "text_encoder").to(device)  # type: ignore[arg-type]
             tokenizer, width = load_tokenizer(folder / "tokenizer"), int(text_encoder.config.hidden_size)
         generator = build_generator(config, width)
         copy_weights(load_file(folder / GENERATOR), generator, folder)
         precision = resolve_precision(precision, torch.device(device))
-        return GanModel(config, generator.to(device), text_encoder, tokenizer, precision)
+        return GanModel(config, generator.to(device), text_encoder, tokenizer, precision, clip)
 
     @property
     def image_size(self) -> int:
@@ -167,7 +173,12 @@ class GanModel:
             if unknown := [prompt for prompt in prompts if prompt not in known]:
                 raise ValueError(f"{unknown[0]!r} is no class of this model; it has {', '.join(self.classes[:20])}")
             return torch.tensor([known[prompt] for prompt in prompts], device=self._device)
-        assert self.tokenizer is not None and self.text_encoder is not None
+        assert self.tokenizer is not None
+        if self.clip is not None:
+            self.clip.check_length(list(prompts))
+            read = self.clip.read_texts(encode(self.tokenizer, list(prompts)).to(self._device))[2]
+            return read * math.sqrt(self.clip.embedding_dim)
+        assert self.text_encoder is not None
         return pooled_text(self.text_encoder, encode(self.tokenizer, list(prompts)).to(self._device)).float()
 
     @property

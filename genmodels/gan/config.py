@@ -214,6 +214,12 @@ class GanConfig(Section):
         description="of telling, by that CLIP, a picture's own caption from those of the global batch: the sentence's "
         "part of DAMSM (Xu et al. 2018)",
     )
+    diversity_weight: float = Field(
+        0.0,
+        ge=0,
+        description="of how little two pictures of one condition differ for how far their latents are apart (mode "
+        "seeking: Mao et al. 2019); without it a latent may be ignored where conditions vary enough",
+    )
     classes: list[str] | None = Field(
         None, description="in place of text: the captions are names of classes, and these are all of them"
     )

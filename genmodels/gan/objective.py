@@ -37,6 +37,7 @@ from genmodels.text.tokenizer import save as save_tokenizer
 from genmodels.weights import copy_weights, forward_flops, required_folder
 
 _PREVIEW_SEED = 1234
+_LEAST_APART = 0.02  # mean difference of two pictures, below which they count as alike
 
 
 class Gan(Objective):
@@ -228,6 +229,10 @@ class Gan(Objective):
         if self.config.auxiliary_weight:
             per_sample = per_sample + self._class_loss(of_fake, batch)[0]
         metrics = {"generator_loss": Mean.of(per_sample, weight)}
+        if self.config.diversity_weight:
+            seeking = self._seeking_loss(drawn, batch, condition)
+            per_sample = per_sample + self.config.diversity_weight * seeking
+            metrics["seeking_loss"] = Mean.of(seeking, weight)
         if self.config.matching_weight:
             matching = self._matching_loss(drawn, batch)
             per_sample = per_sample + self.config.matching_weight * matching
@@ -350,6 +355,18 @@ class Gan(Objective):
                 dist.all_reduce(known)
             factor = float(known[1] / known[0].clamp(min=1))
         return factor * plain, plain.detach()
+
+    def _seeking_loss(self, drawn: Tensor, batch: Batch, condition: Tensor | None) -> Tensor:
+        """How far latents are apart over how far their pictures are, (batch,): Mao et al., "Mode Seeking Generative
+        Adversarial Networks for Diverse Image Synthesis" (CVPR 2019), eq. 3, inverted to be minimised."""
+        purposes = ("generator", "generator again")
+        one, other = (
+            random.normal(derive_seeds(batch["seeds"], purpose), (self.config.latent_dim,), "latent")
+            for purpose in purposes
+        )
+        again = self.generate(batch["seeds"], condition, purposes[1])
+        apart = (drawn - again).abs().flatten(1).mean(1)
+        return (one - other).abs().mean(1) / (apart + _LEAST_APART)
 
     def _matching_loss(self, drawn: Tensor, batch: Batch) -> Tensor:
         """−log of the probability that the CLIP gives each picture's own caption among those of the global batch,

@@ -30,6 +30,7 @@ class CollapseThresholds(NamedTuple):
     recall: float = 0.3
     spread: float = 0.5
     nearest: float = 0.35
+    of_one_condition: float = 0.1
 
 
 THRESHOLDS = CollapseThresholds()
@@ -89,6 +90,24 @@ def measure_variety(
             f"{shares['recall']:.2f} times as often among them"
         )
     return Variety(**shares, reasons=tuple(reasons))
+
+
+def condition_variety(drawn: np.ndarray, again: np.ndarray) -> float:
+    """How far two pictures of one condition are from each other, as a share of how far pictures of different conditions
+    are: near 0 where the latent is ignored, however varied the pictures are together.
+
+    Args:
+        drawn, again: features of two pictures for each of n conditions, float (n, dimensions).
+
+    Raises:
+        ValueError: other shapes, or fewer than two conditions.
+    """
+    drawn, again = checked(drawn).astype(np.float64), checked(again).astype(np.float64)
+    if drawn.shape != again.shape or len(drawn) < 2:
+        raise ValueError(f"needs two pictures for each of two conditions at least, got {drawn.shape} and {again.shape}")
+    same = np.linalg.norm(drawn - again, axis=1).mean()
+    different = np.linalg.norm(drawn - np.roll(again, 1, axis=0), axis=1).mean()
+    return float(same / max(different, 1e-12))
 
 
 def _four(pictures: np.ndarray, real: np.ndarray) -> dict[str, float]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from genmodels.clip.frozen import fit
 from genmodels.features.extractor import FeatureExtractor
-from genmodels.metrics.collapse import measure_variety
+from genmodels.metrics.collapse import THRESHOLDS, condition_variety, measure_variety
 from genmodels.metrics.frechet import FeatureSums, Gaussian
 from genmodels.objective import Drawing
+from genmodels.random import derive_seeds
 from pipelines.data.batch import RankBatch
 from pipelines.training.trainer import Trainer
 
@@ -22,8 +23,10 @@ FRECHET_DISTANCE = "val_frechet_distance"
 """Of equal numbers each time, so its bias of order 1/samples is the same at all steps; `evaluate.py` takes it off."""
 
 VARIETY = ("coverage", "recall", "spread", "nearest")
-MEASURED = (FRECHET_DISTANCE, "val_collapsed", *(f"val_{name}" for name in VARIETY))
+MEASURED = (FRECHET_DISTANCE, "val_collapsed", "val_of_one_condition", *(f"val_{name}" for name in VARIETY))
+OF_ONE_CONDITION = "val_of_one_condition"
 _FEWEST = 20  # pictures whose variety can be judged
+_TWICE = 64  # conditions that a rank draws two pictures of
 
 
 class DrawnPictures:
@@ -65,6 +68,7 @@ class DrawnPictures:
         """
         sums = FeatureSums.zero(self.extractor.dimensions)
         features: list[np.ndarray] = []
+        twice: list[np.ndarray] = []
         with trainer.with_ema(), trainer.autocast():
             for batch in self.asked:
                 drawn = trainer.objective.draw(trainer.to_device(batch, step), self.drawing)
@@ -72,26 +76,57 @@ class DrawnPictures:
                 pictures = _bytes(drawn.float())
                 with torch.autocast(trainer.device.type, enabled=False):  # as real pictures are measured
                     features += self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
+                if len(twice) == 0 and self._varies(trainer):
+                    twice = self._again(trainer, step, batch, pictures)
         found = torch.tensor(0.0, dtype=torch.float64, device=trainer.device)
         gaussian = self._summed(sums)
         if _rank() == 0:  # takes seconds where features are wide: once is enough
             found.fill_(gaussian.distance(self.real))
         if dist.is_initialized():
             dist.broadcast(found, 0)
-        return {FRECHET_DISTANCE: float(found), **self._variety(features)}
+        return {FRECHET_DISTANCE: float(found), **self._variety(features, twice)}
 
-    def _variety(self, own: list[np.ndarray]) -> dict[str, float]:
+    def _varies(self, trainer: Trainer) -> bool:
+        """Whether pictures of one condition are to differ: they are told captions or classes, and no image."""
+        told = getattr(trainer.objective, "config", None)
+        return bool(getattr(told, "conditional", False)) and getattr(told, "image_condition", None) is None
+
+    def _again(self, trainer: Trainer, step: int, batch: RankBatch, pictures: Tensor) -> list[np.ndarray]:
+        """Features of the first pictures of a batch, and of others for the same conditions."""
+        part: Any = {
+            name: value[:_TWICE] if isinstance(value, (Tensor, list)) else value for name, value in batch.items()
+        }
+        part["seeds"] = derive_seeds(part["seeds"], "another")
+        drawn = trainer.objective.draw(trainer.to_device(part, step), self.drawing)
+        assert drawn is not None
+        good = part["weight"].cpu().numpy() > 0
+        with torch.autocast(trainer.device.type, enabled=False):
+            return [
+                np.asarray(self.extractor(each.permute(0, 2, 3, 1).cpu().numpy()[good]).features, np.float32)
+                for each in (pictures[:_TWICE], _bytes(drawn.float()))
+            ]
+
+    def _variety(self, own: list[np.ndarray], twice: list[np.ndarray]) -> dict[str, float]:
         drawn, real = self._gathered(own), self._real_features
+        one, other = (self._gathered(twice[place : place + 1]) for place in (0, 1))
         if min(len(drawn), len(real) // 2) < _FEWEST:
             return {}
-        told = torch.zeros(1 + len(VARIETY), dtype=torch.float64, device=self.extractor.device)
+        names = ["val_collapsed", *(f"val_{name}" for name in VARIETY)]
+        names += [OF_ONE_CONDITION] if len(one) >= 2 else []
+        told = torch.zeros(len(names), dtype=torch.float64, device=self.extractor.device)
         if _rank() == 0:
             variety = measure_variety(drawn, real[0::2], real[1::2])
-            self.reasons = variety.reasons
-            told += torch.tensor([float(variety.collapsed), *variety[: len(VARIETY)]], device=told.device)
+            self.reasons, values = variety.reasons, [float(getattr(variety, name)) for name in VARIETY]
+            if OF_ONE_CONDITION in names:
+                values.append(condition_variety(one, other))
+                if values[-1] < THRESHOLDS.of_one_condition:
+                    self.reasons += (
+                        f"two pictures for one condition differ {values[-1]:.2f} times as much as for two conditions",
+                    )
+            told += torch.tensor([float(bool(self.reasons)), *values], dtype=told.dtype, device=told.device)
         if dist.is_initialized():
             dist.broadcast(told, 0)
-        return dict(zip(("val_collapsed", *(f"val_{name}" for name in VARIETY)), told.tolist(), strict=True))
+        return dict(zip(names, told.tolist(), strict=True))
 
     def _gathered(self, own: list[np.ndarray]) -> np.ndarray:
         """Features of all ranks, in order: float32 (samples, dimensions)."""

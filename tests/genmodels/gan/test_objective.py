@@ -12,6 +12,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from genmodels import random
 from genmodels.drawing import open_drawing_model
 from genmodels.families import build_objective
 from genmodels.gan.objective import AugmentationState, Gan
@@ -148,6 +149,59 @@ def test_a_wrong_text_is_a_third_kind_of_input(inputs: Path) -> None:
             for images in (same["images"], objective.generate(same["seeds"], one, "discriminator"))
         )
     torch.testing.assert_close(objective.discriminator_loss(same).loss.detach(), (soft(-real) + soft(fake)).mean())
+
+
+def test_a_clip_tells_how_well_pictures_match(inputs: Path, tmp_path: Path) -> None:
+    """Cross entropy of a picture's own caption among those of the batch; the same caption twice is twice right."""
+    objective = make(inputs, clip="given", matching_weight=0.5, matching_aware=True)
+    batch = tiny.with_tokens(tiny.batch(6), inputs)  # four captions, two of them twice
+    objective.prepare([batch])
+    found = objective.generator_loss(batch)
+    clip: Any = objective.frozen["clip"]
+    with torch.no_grad():
+        condition = objective.condition(batch)
+        texts = clip.read_texts(batch["token_ids"])[2]
+        torch.testing.assert_close(condition, texts * 4)  # of 16 features: mean square 1
+        drawn = objective.generate(batch["seeds"], condition, "generator")
+        shares = (clip.pair.log_scale.exp() * clip.embed_images(drawn) @ texts.T).softmax(1)
+        same = torch.tensor([[i % 4 == j % 4 for j in range(6)] for i in range(6)])
+        matching = -(shares * same).sum(1).log()
+        score = objective.discriminator(drawn, condition).logits
+        torch.testing.assert_close(found.loss, (torch.nn.functional.softplus(-score) + matching / 2).mean())
+    halves = [
+        {key: value[part] if isinstance(value, (Tensor, list)) else value for key, value in batch.items()}
+        for part in (slice(0, 3), slice(3, 6))
+    ]
+    for half in halves:
+        half.pop("once")
+    whole = gradients(objective, [tiny.with_tokens(tiny.batch(6), inputs)], "generator")
+    for name, gradient in gradients(objective, halves, "generator").items():
+        torch.testing.assert_close(gradient, whole[name], atol=1e-6, rtol=1e-3)
+    objective.export(tmp_path / "export")
+    model = open_drawing_model(tmp_path / "export")
+    drawn = model.draw(batch["captions"], batch["seeds"].tolist())
+    with torch.no_grad():
+        expected = objective.draw(batch, Drawing())
+    pixels = ((expected / 2 + 0.5) * 255).round().permute(0, 2, 3, 1).to(torch.uint8).numpy()
+    assert np.abs(pixels.astype(int) - drawn.astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="this CLIP reads 12: shorten it"):
+        model.draw(["zebra " * 20], [1])
+
+
+def test_two_pictures_of_one_condition_are_driven_apart() -> None:
+    objective, batch = make(classes=CLASSES, diversity_weight=0.5), by_class()
+    found = objective.generator_loss(batch)
+    with torch.no_grad():
+        condition = objective.condition(batch)
+        one, other = (objective.generate(batch["seeds"], condition, p) for p in ("generator", "generator again"))
+        latents = [
+            random.normal(random.derive_seeds(batch["seeds"], purpose), (8,), "latent")
+            for purpose in ("generator", "generator again")
+        ]
+        ratio = (latents[0] - latents[1]).abs().mean(1) / ((one - other).abs().mean((1, 2, 3)) + 0.02)
+        game = torch.nn.functional.softplus(-objective.discriminator(one, condition).logits)
+        torch.testing.assert_close(found.loss, (game + ratio / 2).mean())
+        torch.testing.assert_close(found.metrics["seeking_loss"].total, ratio.sum())
 
 
 def _wrong(rank: int, world_size: int, inputs: Path) -> Tensor:
@@ -312,6 +366,8 @@ def test_classes_are_drawn_by_name_and_without_either_by_seed(tmp_path: Path) ->
         ({"classes": ["a", "a"]}, "two names at least, each one once"),
         ({"matching_aware": True}, "something to match"),
         ({"loss": "hinge", "real_target": 0.9}, "hinge has no target to soften"),
+        ({"matching_weight": 1.0}, "matching_weight is of a CLIP: name it"),
+        ({"clip": "a", "text_encoder": TEXT}, "in place of a text_encoder: give one"),
         ({"auxiliary_weight": 1.0}, "auxiliary_weight is of classes: name them"),
         (
             {"classes": CLASSES, "semi_supervised": {"label": "cls", "classes": ["a", "b"]}},

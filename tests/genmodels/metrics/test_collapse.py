@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from genmodels.metrics.collapse import measure_variety
+from genmodels.metrics.collapse import condition_variety, measure_variety
 from pipelines.demo.classifier import digits_extractor
 from pipelines.demo.evaluation import real_pictures
 
@@ -61,6 +61,18 @@ def test_on_pictures_of_digits() -> None:
     ):
         found = measure_variety(drawn, real, others)
         assert found.collapsed and all(0 <= share < 1.2 for share in found[:4]), kind
+
+
+def test_a_latent_that_is_ignored_is_seen_however_varied_the_conditions_are() -> None:
+    rng = np.random.default_rng(0)
+    conditions = modes(1)
+    assert condition_variety(conditions, conditions + 0.01 * rng.standard_normal((COUNT, 16))) < 0.01
+    own = [conditions + rng.standard_normal((COUNT, 16)) for _ in range(2)]
+    assert 0.2 < condition_variety(*own) < 0.6
+    assert condition_variety(modes(2), modes(3)) == pytest.approx(1, abs=0.1)
+    assert not measure_variety(conditions, modes(10), modes(11)).collapsed, "the others do not see it"
+    with pytest.raises(ValueError, match="two pictures for each of two conditions"):
+        condition_variety(conditions[:1], conditions[:1])
 
 
 def test_too_few_cannot_be_judged() -> None:

@@ -48,7 +48,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _config(name: str, kind: str, stage: int, world_size: int, **changes: Any) -> Any:
     """`stage` 23 is 2 for the discriminator and 3 for the generator."""
-    config = training_config(kind, 3 if stage == 23 else stage, world_size, MODELS[name], **changes)
+    # A larger epsilon: AdamW would make differences of rounding, where a gradient is nearly 0, as large as its steps.
+    calm = {"optimizer__learning_rate": 3e-4, "optimizer__epsilon": 1e-4}
+    config = training_config(kind, 3 if stage == 23 else stage, world_size, MODELS[name], **calm, **changes)
     if stage != 23:
         return config
     return config.model_copy(update={"engines": {"discriminator": config.engine.model_copy(update={"zero_stage": 2})}})
@@ -67,7 +69,10 @@ def _train(rank: int, world_size: int, inputs: Path) -> dict[Any, list[dict[str,
             results[name, kind, stage] = train_steps(trainer, 0, STEPS, rank, world_size, inputs)
             if model.weight_clip is not None:
                 held = trainer.networks["discriminator"].engine.fragments()
-                assert max(float(fragment.values["param"].abs().max()) for fragment in held) <= model.weight_clip
+                assert (
+                    max(float(fragment.values["param"].abs().max()) for fragment in held)
+                    <= 1.000001 * model.weight_clip
+                )
     return results
 
 
@@ -80,9 +85,10 @@ def test_every_zero_stage_follows_plain_torch(inputs: Path) -> None:
         assert last != pytest.approx(first, rel=1e-3), f"{name}: nothing was learnt, so nothing is compared"
         for kind, stage in _engines(name)[1:]:
             for step, (expected, got) in enumerate(zip(reference, found[name, kind, stage], strict=True)):
-                for figure in ("loss", "generator_loss", "grad_norm"):
-                    close = pytest.approx(expected.get(figure), abs=1e-5, rel=1e-5)
-                    assert got.get(figure) == close, (name, kind, stage, step, figure)
+                assert got.keys() == expected.keys()
+                for figure in {"loss", "generator_loss", "grad_norm"} & expected.keys():
+                    close = pytest.approx(expected[figure], abs=1e-5, rel=1e-5)
+                    assert got[figure] == close, (name, kind, stage, step, figure)
 
 
 def _at_world_size(rank: int, world_size: int, inputs: Path) -> dict[str, list[dict[str, float]]]:
@@ -99,8 +105,8 @@ def test_the_number_of_ranks_changes_nothing(inputs: Path) -> None:
     for name, expected in alone.items():
         for other in others:
             for one, two in zip(expected, other[name], strict=True):
-                for figure in ("loss", "generator_loss", "grad_norm"):
-                    assert two.get(figure) == pytest.approx(one.get(figure), abs=2e-5, rel=2e-4), (name, figure)
+                for figure in {"loss", "generator_loss", "grad_norm"} & one.keys():
+                    assert two[figure] == pytest.approx(one[figure], abs=2e-5, rel=2e-4), (name, figure)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -59,6 +59,13 @@ def test_a_dry_run_tells_the_sizes_of_what_is_built(root, capsys):
     assert not (root / "root" / "dry").exists(), "a dry run begins nothing"
 
 
+def test_a_gan_is_told_by_network_and_opened_by_nobody_else(root, capsys):
+    facts = describe(load_config("gan_demo", []))
+    assert facts["layout"] == "our own: only generate.py opens it"
+    shown = capsys.readouterr().out
+    assert "discriminator" in shown and "generator" in shown
+
+
 @pytest.mark.parametrize("preset", ["autoencoder_demo", "ldm_demo"])
 def test_the_demo_presets_without_their_data(root, capsys, preset):
     """The shards are not drawn for a dry run: it says what is missing, and everything else."""

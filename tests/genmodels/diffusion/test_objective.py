@@ -301,4 +301,4 @@ def test_missing_inputs_and_misspelt_keys_are_named(tmp_path):
     with pytest.raises(ValidationError, match="norm_groups"):
         read({"kind": "latent_diffusion", "denoiser": {"kind": "unet", "channels": [20], "attention": [True]}})
     with pytest.raises(ValidationError, match="'autoencoder', 'clip', 'latent_diffusion'"):
-        read({"kind": "gan"})
+        read({"kind": "gam"})

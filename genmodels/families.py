@@ -16,7 +16,8 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
-from genmodels.gan.config import GanConfig, Pix2PixConfig
+from genmodels.gan.config import GanConfig
+from genmodels.gan.translation_config import CycleGanConfig, Pix2PixConfig
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _Alone = (
     | AutoregressivePriorConfig
     | GanConfig
     | Pix2PixConfig
+    | CycleGanConfig
 )
 MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
@@ -58,7 +60,15 @@ class SideBySideConfig(Section):
         labels = {getattr(member, "label", None) for member in self.members.values()} - {None}
         if len(labels) > 1:
             raise ValueError(f"members read the same label of a sample, not {', '.join(sorted(map(str, labels)))}")
+        unpaired = {getattr(member, "unpaired", False) for member in self.members.values()}
+        if len(unpaired) > 1:
+            raise ValueError("members that learn from two sets are beside one another, and not beside those of one")
         return self
+
+    @property
+    def unpaired(self) -> bool:
+        """Whether the members learn from two sets."""
+        return any(getattr(member, "unpaired", False) for member in self.members.values())
 
     @property
     def image_size(self) -> int:
@@ -105,6 +115,10 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.gan.pix2pix import Pix2Pix
 
             return Pix2Pix
+        case "cycle_gan":
+            from genmodels.gan.cycle import CycleGan
+
+            return CycleGan
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 

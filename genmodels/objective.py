@@ -25,6 +25,7 @@ Batch = dict[str, Any]
 - `captions`  list of str
 - `labels`    list of str, where the objective's configuration has a `label`, their member; "" where a sample has none
 - `token_ids` int64 (batch, length), where the run has a tokenizer
+- `other`     a batch like this one, of samples that do not belong to these, where the configuration is `unpaired`
 - `condition_images` float32 like images, where the objective's `image_condition` names a member of the samples
 - `sizes`     int32 (batch, 4), where the objective's `size_conditioning` is on: the image's original height and width,
   and how many rows and columns were cut off at the top and at the left of the resized image

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodels.diffusion.layout import image_condition
+from genmodels.gan.layout import is_unpaired
 from infra.errors import BadRequest
 from infra.exports import is_gan, is_unclip
 
@@ -45,6 +46,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser, precision: str = "fp3
         help="of GANs, which draw in one pass and take nothing of the above: below 1 there is less variety, and less "
         "that is unusual (default: 1)",
     )
+    add(
+        "--direction",
+        choices=("ab", "ba"),
+        help="of a CycleGAN: from its first set of images to the other, or back (ab)",
+    )
     add("--batch-size", type=int, default=64, help="pictures drawn at once; it changes none (default: %(default)s)")
     add(
         "--precision",
@@ -72,7 +78,7 @@ def drawing_options(arguments: argparse.Namespace) -> dict[str, Any]:
         raise BadRequest(f"--guidance-rescale must be from 0 to 1, not {arguments.guidance_rescale:g}")
     if not 0 <= arguments.eta <= 1 or (arguments.eta and arguments.sampler not in ("ddim", None)):
         raise BadRequest(f"--eta {arguments.eta:g}: only --sampler ddim takes one, from 0 to 1")
-    given = {name: getattr(arguments, name) for name in (*_DEFAULTS, "truncation")}
+    given = {name: getattr(arguments, name) for name in (*_DEFAULTS, "truncation", "direction")}
     return {
         **{name: value for name, value in given.items() if value is not None},
         "guidance_rescale": arguments.guidance_rescale,
@@ -88,6 +94,8 @@ def complete_options(options: Mapping[str, Any], folder: Path) -> dict[str, Any]
     Raises:
         BadRequest: what is given is not of this kind of model.
     """
+    if "direction" in options and (not is_gan(folder) or not is_unpaired(folder)):
+        raise BadRequest("--direction is of CycleGANs, which have learnt both")
     if is_gan(folder):
         if told := [name for name in _DEFAULTS if name in options]:
             raise BadRequest(f"--{told[0].replace('_', '-')}: a GAN draws in one pass, without sampler and guidance")

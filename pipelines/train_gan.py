@@ -13,4 +13,4 @@ from infra.errors import main_exit
 from pipelines.training.command import run
 
 if __name__ == "__main__":
-    main_exit(lambda: run(__doc__ or "", "gan_demo", "gan", "pix2pix"))
+    main_exit(lambda: run(__doc__ or "", "gan_demo", "gan", "pix2pix", "cycle_gan"))

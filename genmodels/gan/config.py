@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
-from genmodels.diffusion.config import MemberCondition
 from genmodels.gan.losses import SMOOTHED, LossName
 from genmodels.text.config import NoTextEncoder, PretrainedTextEncoder, TrainedTextEncoder
 
@@ -131,48 +130,6 @@ class Penalties(Section):
     def any(self) -> bool:
         """Whether there is one."""
         return max(self.r1, self.r2, self.gradient) > 0
-
-
-class PatchConfig(Section):
-    """A score for each overlapping patch (Isola et al. 2017, section 3.2.2)."""
-
-    channels: int = Field(64, gt=0, description="after the first layer, doubled at each of the next three")
-    layers: int = Field(3, gt=0, description="halvings: 3 is a patch of 70×70 pixels, 2 of 34×34, 1 of 16×16")
-
-
-class Pix2PixConfig(Section):
-    """From one image to another, learnt from samples that hold both (Isola et al. 2017)."""
-
-    kind: Literal["pix2pix"] = "pix2pix"
-    image_size: int = Field(256, gt=0, description="height and width in pixels: 8, 16, 32, …")
-    image_condition: MemberCondition = Field(
-        MemberCondition(), description="the image that is given: kind member; the sample's image is what is made of it"
-    )
-    channels: int = Field(64, gt=0, description="of the U-Net at the finest resolution, doubled at each coarser one")
-    largest: int = Field(512, gt=0, description="channels at most")
-    halvings: int | None = Field(None, gt=0, description="of the image in the U-Net [down to 4 pixels a side]")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of its coarse features dropped, by each sample's seed")
-    discriminator: PatchConfig = PatchConfig()
-    loss: LossName = Field("non_saturating", description="the game")
-    l1_weight: float = Field(100.0, ge=0, description="of the mean distance from the sample's own image")
-    preview_samples: int = Field(8, gt=0, description="samples in a grid, at most")
-
-    @model_validator(mode="after")
-    def _fits(self) -> Pix2PixConfig:
-        if self.image_size % 2**self.depth:
-            raise ValueError(f"image_size {self.image_size} is not a multiple of {2**self.depth} (from halvings)")
-        if self.image_size < 2 ** (self.discriminator.layers + 2):
-            raise ValueError(
-                f"discriminator.layers={self.discriminator.layers} leaves nothing of {self.image_size} pixels: less"
-            )
-        if self.image_condition.dropout:
-            raise ValueError("image_condition.dropout: the given image is all there is to go by")
-        return self
-
-    @property
-    def depth(self) -> int:
-        """Halvings of the image."""
-        return self.halvings or max(1, (self.image_size // START).bit_length() - 1)
 
 
 class SemiSupervised(Section):

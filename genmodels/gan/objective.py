@@ -5,7 +5,6 @@ Goodfellow et al., "Generative Adversarial Nets" (2014), algorithm 1, with any o
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from functools import cached_property
@@ -15,26 +14,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as collectives
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import CLIPTokenizer
 
 from genmodels import random
 from genmodels.clip.frozen import FrozenClip
+from genmodels.gan.adaptive import AugmentationState
 from genmodels.gan.augment import augmented
 from genmodels.gan.build import build_discriminator, build_generator
 from genmodels.gan.config import AdaptiveAugment, GanConfig
-from genmodels.gan.layout import DISCRIMINATOR, GENERATOR, INDEX
+from genmodels.gan.export import read_networks, write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.blocks import BatchNorm, Scores
 from genmodels.gan.penalties import gradient_penalty, zero_centred
+from genmodels.gan.ranks import global_batch
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.random import derive_seeds
 from genmodels.text.encoder import TextEncoder, open_text_encoder, pooled_text
 from genmodels.text.tokenizer import load as load_tokenizer
 from genmodels.text.tokenizer import save as save_tokenizer
-from genmodels.weights import copy_weights, forward_flops, required_folder
+from genmodels.weights import forward_flops, required_folder
 
 _PREVIEW_SEED = 1234
 _LEAST_APART = 0.02  # mean difference of two pictures, below which they count as alike
@@ -118,7 +118,7 @@ class Gan(Objective):
         conditions = [self.condition(batch) for batch in batches]
         assert all(condition is not None for condition in conditions)
         sizes = [len(each) for each in conditions]  # type: ignore[arg-type]
-        everyone, first = _global_batch(torch.cat(conditions))  # type: ignore[arg-type]
+        everyone, first = global_batch(torch.cat(conditions))  # type: ignore[arg-type]
         if self.config.matching_aware:
             wrong = everyone.roll(-1, 0)[first : first + sum(sizes)]
             for batch, part in zip(batches, wrong.split(sizes), strict=True):
@@ -281,9 +281,7 @@ class Gan(Objective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write both networks, the text encoder and the tokenizer, for `GanModel.from_folder`."""
-        folder.mkdir(exist_ok=True)
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / name)
+        facts = write_networks(folder, self.config, self.networks, classes=self.config.classes)
         if "text_encoder" in self.frozen:
             encoder: Any = self.frozen["text_encoder"]
             encoder.save_pretrained(folder / "text_encoder", safe_serialization=True)
@@ -291,17 +289,11 @@ class Gan(Objective):
             clip.save(folder / "clip")
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder / "tokenizer")
-        content = {"config": json.loads(self.config.model_dump_json()), "classes": self.config.classes}
-        (folder / INDEX).write_text(json.dumps(content, indent=2) + "\n")
-        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
-        return {"layout": "own", "parameters": parameters}
+        return facts
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        if not (folder / INDEX).is_file():
-            raise ValueError(f"init_from: {folder} is no export of a GAN (no {INDEX} there)")
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            copy_weights(load_file(folder / name), network, folder)
+        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""
@@ -430,47 +422,3 @@ class Gan(Objective):
         chosen = self.config.augmentation
         if isinstance(chosen, AdaptiveAugment) and batches[0]["step"] % chosen.every == 0:
             self.augmentation.change(chosen.target, chosen.images)
-
-
-class AugmentationState:
-    """How probable each alteration is, and the signs of the discriminator's outputs since that was last changed.
-
-    Karras et al. 2020, section 3.1: r_t, the mean sign for real images, is held at a target. Equal on all ranks.
-    """
-
-    def __init__(self, probability: float = 0.0, signs: float = 0.0, count: float = 0.0) -> None:
-        self.probability, self.signs, self.count = probability, signs, count
-
-    @staticmethod
-    def of(state: dict[str, Tensor]) -> AugmentationState:
-        return AugmentationState(*state["augmentation"].tolist())
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What `of` reads."""
-        return {"augmentation": torch.tensor([self.probability, self.signs, self.count], dtype=torch.float64)}
-
-    def see(self, logits: Tensor, weight: Tensor) -> None:
-        """Outputs for real images of this rank, (batch,). Collective."""
-        logits, weight = logits.detach(), weight.to(logits)
-        seen = torch.stack([(logits.sign() * weight).sum(), weight.sum()]).double()
-        if dist.is_initialized():
-            dist.all_reduce(seen)
-        self.signs += float(seen[0])
-        self.count += float(seen[1])
-
-    def change(self, target: float, images: float) -> None:
-        """Towards the target, by as much as was seen of the `images` in which it can go from 0 to 1."""
-        if self.count:
-            step = self.count / images
-            self.probability += step if self.signs / self.count > target else -step
-            self.probability = min(max(self.probability, 0.0), 1.0)
-        self.signs = self.count = 0.0
-
-
-def _global_batch(own: Tensor) -> tuple[Tensor, int]:
-    """What all ranks have, in the order of the global batch, and where this rank's part of it begins."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own, 0
-    parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, own.contiguous())
-    return torch.cat(parts), dist.get_rank() * len(own)

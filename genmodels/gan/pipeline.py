@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -21,13 +18,12 @@ from genmodels.clip.frozen import FrozenClip
 from genmodels.diffusion.pipeline import to_pixels
 from genmodels.gan.build import build_generator
 from genmodels.gan.config import GanConfig
-from genmodels.gan.layout import GENERATOR, INDEX
+from genmodels.gan.export import read_index, read_networks
 from genmodels.precision import autocast, resolve_precision
 from genmodels.random import derive_seeds
 from genmodels.text.encoder import TextEncoder, open_text_encoder, pooled_text
 from genmodels.text.tokenizer import encode
 from genmodels.text.tokenizer import load as load_tokenizer
-from genmodels.weights import copy_weights
 
 
 class GanModel:
@@ -57,9 +53,7 @@ class GanModel:
     @staticmethod
     def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> GanModel:
         """Open what `Gan.export` wrote. Raises ValueError where a part is missing or the precision unknown."""
-        if not (folder / INDEX).is_file():
-            raise ValueError(f"{folder} is no export of a GAN (no {INDEX} there)")
-        config = TypeAdapter(GanConfig).validate_python(json.loads((folder / INDEX).read_text())["config"])
+        config = GanConfig.model_validate(read_index(folder)["config"])
         text_encoder = tokenizer = width = clip = None
         if config.clip is not None:
             clip = FrozenClip.from_folder(folder / "clip").to(device)
@@ -68,7 +62,7 @@ class GanModel:
             text_encoder = open_text_encoder(folder / "text_encoder").to(device)  # type: ignore[arg-type]
             tokenizer, width = load_tokenizer(folder / "tokenizer"), int(text_encoder.config.hidden_size)
         generator = build_generator(config, width)
-        copy_weights(load_file(folder / GENERATOR), generator, folder)
+        read_networks(folder, {"generator": generator})
         precision = resolve_precision(precision, torch.device(device))
         return GanModel(config, generator.to(device), text_encoder, tokenizer, precision, clip)
 

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genmodels.autoencoder.network import PatchDiscriminator
-from genmodels.gan.config import Pix2PixConfig
-from genmodels.gan.layout import DISCRIMINATOR, GENERATOR, INDEX
+from genmodels.gan.export import read_networks, write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.translation import UNetTranslator
+from genmodels.gan.translation_config import Pix2PixConfig
 from genmodels.metrics.image import psnr
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview
 from genmodels.random import derive_seeds
-from genmodels.weights import copy_weights, forward_flops
+from genmodels.weights import forward_flops
 
 
 class Pix2Pix(Objective):
@@ -95,21 +94,12 @@ class Pix2Pix(Objective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write both networks, for `TranslationModel.from_folder`."""
-        folder.mkdir(exist_ok=True)
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / name)
-        content = json.loads(self.config.model_dump_json())
-        index = {"config": content, "image_condition": content["image_condition"]}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
-        return {"layout": "own", "parameters": parameters}
+        told = json.loads(self.config.image_condition.model_dump_json())
+        return write_networks(folder, self.config, self.networks, image_condition=told)
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        if not (folder / INDEX).is_file():
-            raise ValueError(f"init_from: {folder} is no export of a GAN (no {INDEX} there)")
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            copy_weights(load_file(folder / name), network, folder)
+        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""

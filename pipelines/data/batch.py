@@ -27,6 +27,7 @@ class RankBatch(TypedDict):
     latent_moments: NotRequired[Tensor]  # float32 (batch, 2·channels, height, width), likewise
     token_ids: NotRequired[Tensor]  # int64 (batch, token_length), where the spec has a tokenizer
     condition_images: NotRequired[Tensor]  # uint8 like images, where the spec names a member
+    other: NotRequired[RankBatch]  # the step's samples of the second set, where the run learns from two
     sizes: NotRequired[Tensor]  # int32 (batch, 4), where asked for: original height and width, rows and columns cut off
 
 

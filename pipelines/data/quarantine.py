@@ -31,6 +31,8 @@ def allowed_bad(max_share: float, read: int, chunk_samples: int) -> float:
 class Quarantine:
     """Counts a rank's samples and records the bad ones, each once, as JSON lines (shard, key, reason, step, split).
 
+    A split is train or held_out; "other train" and "other held_out" are those of data.other_url.
+
     Lines of a step are one file, `FOLDER/step-00000012-rank-0003-CRC32.jsonl`: object storage cannot append. Samples
     that are read outside the steps, for validation and the like, have step -1 and `outside` in place of the step.
 
@@ -46,13 +48,13 @@ class Quarantine:
         self.folder, self.rank, self.max_share, self.chunk_samples = folder_url, rank, max_share, chunk_samples
         self.last: dict[str, Any] | None = None  # the last bad sample that this rank met
         self._read = self._bad = self._read_before = self._bad_before = 0
-        self._recorded: set[str] | None = None
+        self._recorded: set[tuple[str, str]] | None = None  # split and key
 
-    def add(self, keys: Sequence[str], reasons: Sequence[str], step: int) -> None:
+    def add(self, keys: Sequence[str], reasons: Sequence[str], step: int, split: str = "train") -> None:
         """Count a training batch, and record its bad samples."""
         self._read += len(keys)
         self._bad += sum(map(bool, reasons))
-        self.record(keys, reasons, step)
+        self.record(keys, reasons, step, split)
 
     def record(self, keys: Sequence[str], reasons: Sequence[str], step: int = -1, split: str = "train") -> None:
         """Record those samples that have a reason and that this rank did not record before, without counting them."""
@@ -63,9 +65,10 @@ class Quarantine:
             shard, _, inner = key.partition(".tar/")
             self.last = {"shard": f"{shard}.tar", "key": inner, "reason": reason, "step": step, "split": split}
             if self._recorded is None:
-                self._recorded = {entry["key"] for entry in read_quarantine(self.folder, self.rank)}
-            if key not in self._recorded:
-                self._recorded.add(key)
+                known = read_quarantine(self.folder, self.rank)
+                self._recorded = {(entry["split"], entry["key"]) for entry in known}
+            if (split, key) not in self._recorded:
+                self._recorded.add((split, key))
                 lines.append(json.dumps(self.last))
         if lines:
             data = ("\n".join(lines) + "\n").encode()
@@ -96,20 +99,22 @@ class Quarantine:
 
     def failure(self, counts: str, last: dict[str, Any] | None) -> DataFailure:
         """The error that says what cannot be used (`counts`), names `last`, if any, and where all are listed."""
-        named = f"the last: shard {last['shard']}, key {last['key']}: {last['reason']}; " if last else ""
+        where = " of the other set" if last and last["split"].startswith("other") else ""
+        named = f"the last: shard {last['shard']}{where}, key {last['key']}: {last['reason']}; " if last else ""
         return DataFailure(
             f"{counts} cannot be used (data.max_bad_share={self.max_share:g}); {named}all are listed in {self.folder}"
         )
 
 
 def read_quarantine(folder_url: str, rank: int | None = None) -> list[dict[str, Any]]:
-    """The records under a quarantine folder, of one rank or of all; `key` is given as `shard/key`, each one once."""
+    """The records under a quarantine folder, of one rank or of all; `key` is given as `shard/key`, each one of a
+    split once."""
     filesystem, path = open_filesystem(folder_url)
     pattern = "*.jsonl" if rank is None else f"*-rank-{rank:04d}-*.jsonl"
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[tuple[str, str], dict[str, Any]] = {}
     for name in sorted(filesystem.glob(f"{path}/{pattern}")):
         for line in read_bytes(join(folder_url, name.rpartition("/")[2])).decode().splitlines():
             record = json.loads(line)
             key = f"{record['shard']}/{record['key']}"
-            records.setdefault(key, {**record, "key": key})
+            records.setdefault((record["split"], key), {**record, "key": key})
     return list(records.values())

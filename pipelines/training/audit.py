@@ -9,6 +9,7 @@ import time
 
 from infra import storage
 from pipelines.data.batch import RankBatch
+from pipelines.training.run_data import parts
 from pipelines.training.run_folder import RunFolder
 
 _CONTENT = ("images", "image_embeddings", "latent_moments")  # the first of these that a batch has is hashed
@@ -16,7 +17,7 @@ _CONTENT = ("images", "image_embeddings", "latent_moments")  # the first of thes
 
 class Audit:
     """Writes what each rank was given, as JSON lines: step, key, seed, weight and a hash of the pixels, or of what was
-    read in their place.
+    read in their place; "set" is "other" in those of a second set.
 
     Each `write`, at a checkpoint and at the end, is a file of its own: all steps before a checkpoint are there however
     the run ends, and a restart overwrites nothing. A step that was done again may be there twice, with equal lines.
@@ -28,20 +29,18 @@ class Audit:
         self.written = 0
 
     def record(self, batch: RankBatch) -> None:
-        for row, key in enumerate(batch["keys"]):
-            seen = next(batch[name] for name in _CONTENT if name in batch)  # type: ignore[literal-required]
-            digest = hashlib.sha256(seen[row].contiguous().numpy().tobytes()).hexdigest()[:16]
-            self.lines.append(
-                json.dumps(
-                    {
-                        "step": batch["step"],
-                        "key": key,
-                        "seed": int(batch["seeds"][row]),
-                        "weight": float(batch["weight"][row]),
-                        "pixels": digest,
-                    }
-                )
-            )
+        for name, part in parts(batch):
+            seen = next(part[content] for content in _CONTENT if content in part)  # type: ignore[literal-required]
+            for row, key in enumerate(part["keys"]):
+                digest = hashlib.sha256(seen[row].contiguous().numpy().tobytes()).hexdigest()[:16]
+                line = {
+                    "step": part["step"],
+                    "key": key,
+                    "seed": int(part["seeds"][row]),
+                    "weight": float(part["weight"][row]),
+                    "pixels": digest,
+                }
+                self.lines.append(json.dumps(line | ({"set": name} if name else {})))
 
     def write(self) -> None:
         """Write what was recorded since the last time."""

@@ -85,6 +85,10 @@ class DataConfig(Section):
     )
     demo_repeats: int = Field(8, gt=0, description="drawings of each digit for data.demo")
     validation_url: str | None = Field(None, description="held-out shards; none: no validation")
+    other_url: str | None = Field(
+        None, description="a second set, of images that do not belong to the first's (cycle_gan); it may be of any size"
+    )
+    other_validation_url: str | None = Field(None, description="held-out shards of the second set")
     global_batch_size: int = Field(64, gt=0, description="samples a step, over all workers; lanes divide it")
     micro_batch: int | None = Field(
         None, gt=0, description="samples a worker computes at once [all of its share of a step]"
@@ -102,7 +106,7 @@ class DataConfig(Section):
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
     prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead")
 
-    _paths_are_absolute = field_validator("url", "validation_url")(absolute_url)
+    _paths_are_absolute = field_validator("url", "validation_url", "other_url", "other_validation_url")(absolute_url)
 
 
 class OptimizerConfig(Section):
@@ -271,6 +275,13 @@ class TrainConfig(Section):
                 "embeddings and latents in the shards are of the centre of each image: set data.crop=center and "
                 "data.horizontal_flip=false, or read none (member: null)"
             )
+        if getattr(self.objective, "unpaired", False):
+            if data.other_url is None:
+                wrong.append(f"objective.kind={self.objective.kind} learns from two sets: name data.other_url")
+            if (data.validation_url is None) != (data.other_validation_url is None):
+                wrong.append("data.validation_url and data.other_validation_url go together: a set held out of each")
+        elif data.other_url or data.other_validation_url:
+            wrong.append(f"data.other_url is of cycle_gan: objective.kind={self.objective.kind} learns from one set")
         if data.caption is None and getattr(self.objective, "conditional", False):
             wrong.append("data.caption is null, and this objective learns from captions: name their shard member (txt)")
         for name, member in members_of(self.objective).items():

@@ -97,7 +97,7 @@ def _layout(objective: Any) -> str:
         return "PriorTransformer (diffusers opens it)"
     if objective.kind == "autoregressive_prior":
         return "our own"
-    if objective.kind in ("gan", "pix2pix"):
+    if objective.kind in ("gan", "pix2pix", "cycle_gan"):
         return "our own: only generate.py opens it"
     name = "AutoencoderKL" if objective.regulariser.kind == "kl" else "VQModel"
     return f"{name} (diffusers opens it)"

@@ -14,8 +14,6 @@ from genmodels.features.extractor import FeatureExtractor
 from genmodels.objective import Drawing, Mean
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
-from pipelines.data.fixed import fixed_batches, read_fixed
-from pipelines.data.index import DatasetIndex
 from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.pictures import grid_png
@@ -24,6 +22,7 @@ from pipelines.training.checkpoint import Checkpoint, commit_snapshot, prune
 from pipelines.training.config import TrainConfig
 from pipelines.training.evaluation import MEASURED, DrawnPictures
 from pipelines.training.metrics import device_peak_flops, durations, finite, flop_utilisation, memory_mib
+from pipelines.training.run_data import RunData, Split, parts
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer, TrainingStopped
 
@@ -42,8 +41,7 @@ class RunHooks:
         config: TrainConfig,
         folder: RunFolder,
         spec: SampleSpec,
-        train_index: DatasetIndex,
-        validation_index: DatasetIndex | None,
+        data: RunData,
         logger: RunLogger | None,
         board: Any,
         facts: dict[str, Any],
@@ -53,7 +51,7 @@ class RunHooks:
         extractor: FeatureExtractor | None = None,
     ) -> None:
         self.config, self.folder, self.spec = config, folder, spec
-        self.train_index, self.validation_index = train_index, validation_index
+        self.data = data
         self.logger, self.board, self.facts = logger, board, facts
         self.quarantine, self.bad_samples, self.audit = quarantine, bad_samples, audit
         self.rank = dist.get_rank()
@@ -71,7 +69,7 @@ class RunHooks:
         if log:
             self._log(trainer, step)
         validated: dict[str, float] = {}
-        if self.validation_index is not None and run.validation_samples and (last or step % run.validate_every == 0):
+        if self.data.validation is not None and run.validation_samples and (last or step % run.validate_every == 0):
             self._show(step, force=True, doing="validating")
             validated = self._validate(trainer, step)
         drawn: dict[str, float] = {}
@@ -117,14 +115,14 @@ class RunHooks:
             "samples_per_second": samples_per_second,
             "data_wait_share": wait_share,
             "memory_mib": memory_mib(trainer.device),
-            "epoch": step * self.config.data.global_batch_size / self.train_index.samples,
+            "epoch": step * self.config.data.global_batch_size / self.data.train.samples,
         }
         peak = device_peak_flops(trainer.device)
         if peak is not None:
             used = flop_utilisation(samples_per_second / self.world_size, trainer.objective.flops_per_sample(), peak)
             metrics |= {} if used is None else {"flop_utilisation": used}
         self._report(step, metrics)
-        samples = step * self.config.data.global_batch_size
+        samples = step * self.config.data.global_batch_size * (1 if self.data.other is None else 2)
         if self.quarantine.too_many(self.bad_samples, samples):  # the counts are the same on all ranks
             raise self._data_failure(f"{self.bad_samples} of the {samples} samples read so far")
 
@@ -150,12 +148,12 @@ class RunHooks:
         """The distance of pictures drawn now to real ones."""
         asked = self.config.evaluation
         if self._drawn is None:
-            assert self._extractor is not None and self.validation_index is not None
+            assert self._extractor is not None and self.data.validation is not None
             self._extractor.to(trainer.device)
             part = (self.config.rank_micro_batch, self.rank, self.world_size)
             self._drawn = DrawnPictures(
                 self._extractor,
-                read_fixed(self.validation_index, self.spec, asked.reference_count, *part),
+                map(_last, self.data.fixed("held_out", self.spec, asked.reference_count, *part)),
                 self._fixed_batches("held_out", asked.count, *part),
                 Drawing(asked.num_steps, asked.guidance_scale, asked.sampler),
                 self.config.objective.image_size,
@@ -206,15 +204,14 @@ class RunHooks:
             self.board.progress.remote({**self.shown, "step": step, "doing": doing})
 
     def _fixed_batches(
-        self, split: str, count: int, batch_size: int, rank: int = 0, world_size: int = 1
+        self, split: Split, count: int, batch_size: int, rank: int = 0, world_size: int = 1
     ) -> list[RankBatch]:
-        """`fixed_batches` of a split; bad samples are recorded, by rank 0 alone where all ranks read the same."""
-        index = self.train_index if split == "train" else self.validation_index
-        assert index is not None
-        batches = fixed_batches(index, self.spec, count, batch_size, rank, world_size)
+        """`RunData.fixed`; bad samples are recorded, by rank 0 alone where all ranks read the same."""
+        batches = list(self.data.fixed(split, self.spec, count, batch_size, rank, world_size))
         if self.rank == rank:
             for batch in batches:
-                self.quarantine.record(batch["keys"], batch["reasons"], split=split)
+                for name, part in parts(batch):
+                    self.quarantine.record(part["keys"], part["reasons"], split=f"{name} {split}".strip())
         return batches
 
     def _finish_batches(self) -> Iterator[RankBatch]:
@@ -226,7 +223,7 @@ class RunHooks:
         if self.rank > 0 and not sharded:
             with trainer.with_ema():  # the averages are gathered by all
                 return
-        split = "train" if self.validation_index is None else "held_out"
+        split: Split = "train" if self.data.validation is None else "held_out"
         batch = self._fixed_batches(split, self.config.run.preview_samples, self.config.run.preview_samples)[0]
         preview = trainer.preview(batch, step)
         if preview is not None and self.logger is not None:
@@ -261,6 +258,11 @@ class RunHooks:
             prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
 
 
+def _last(batch: RankBatch) -> RankBatch:
+    """What pictures should look like: samples of the second set, where there are two."""
+    return parts(batch)[-1][1]
+
+
 def measured_how(config: TrainConfig) -> dict[str, Any]:
     """What the figure of `best.metric` depends on besides the weights: only what was measured alike is compared."""
     best = config.best
@@ -289,7 +291,8 @@ def checked(
     """The same batches, each one counted and its bad samples recorded; a hopeless case stops the run here."""
     for batch in batches:
         seen(batch)
-        quarantine.add(batch["keys"], batch["reasons"], batch["step"])
+        for name, part in parts(batch):
+            quarantine.add(part["keys"], part["reasons"], part["step"], f"{name} train".strip())
         quarantine.check()
         yield batch
 

@@ -18,7 +18,7 @@ import yaml
 
 from infra import storage, tracking
 from infra.errors import BadRequest, RunFailed
-from pipelines.data.index import DatasetIndex, load_index
+from pipelines.data.fixed import fixed_batches
 from pipelines.data.order import DataOrder
 from pipelines.data.prepare import digits_complete, write_digits
 from pipelines.training import checkpoint as checkpoints
@@ -26,12 +26,14 @@ from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, logged
 from pipelines.training.export import export_run, initial_objective, to_publish
-from pipelines.training.inputs import local_inputs, parents, prepare_inputs
+from pipelines.training.inputs import local_inputs, parents, prepare_inputs, sample_spec
 from pipelines.training.lease import Lease
+from pipelines.training.run_data import RunData, data_urls
 from pipelines.training.run_folder import RunFolder, root_of
 from pipelines.training.trainer import check_phases
 
 _SHARD_SAMPLES = 1000
+_READ_FIRST = 8  # samples that are tried before any worker starts
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
@@ -50,28 +52,29 @@ def train(config: TrainConfig, lines: bool = False, parent_run: str | None = Non
     cluster.check_local_room(config)
     storage.check_access(root_of(config), write=True)
     uri = tracking.check_tracking(config.tracking.uri)
-    index, order = prepare_data(config, folder)
+    data, order = prepare_data(config, folder)
     # What is finished can be read by several trainings at once, and so without the lease.
     published = storage.exists(folder.path("result.json")) and folder.began_as(config)
-    if published and (result := _finished(config, folder, index, checkpoints.newest_verified(folder.checkpoints))):
+    if published and (result := _finished(config, folder, data, checkpoints.newest_verified(folder.checkpoints))):
         return result
     with Lease(folder) as lease:
         folder.begin(config)
         newest = checkpoints.newest_verified(folder.checkpoints)
-        if result := _finished(config, folder, index, newest):
+        if result := _finished(config, folder, data, newest):
             return result
         complete = newest is not None and _is_complete(newest, config)
-        prepare_inputs(config, folder, index)
+        prepare_inputs(config, folder, data.train)
         if not complete:
             _check_objective(config, folder)
-        run_id = _open_tracking(config, folder, uri, index, parent_run)
+            _check_samples(config, folder, data)
+        run_id = _open_tracking(config, folder, uri, data, parent_run)
         try:
             if not complete:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
                 _fit(config, folder, uri, run_id, lease, started, lines)
             lease.check()
-            summary = _publish(config, folder, uri, run_id, index, order)
+            summary = _publish(config, folder, uri, run_id, data, order)
         except BaseException as error:
             _mark_failed(uri, run_id, error)
             raise
@@ -83,14 +86,14 @@ def train(config: TrainConfig, lines: bool = False, parent_run: str | None = Non
 
 
 def _finished(
-    config: TrainConfig, folder: RunFolder, index: DatasetIndex, newest: Checkpoint | None
+    config: TrainConfig, folder: RunFolder, data: RunData, newest: Checkpoint | None
 ) -> dict[str, Any] | None:
     """The summary of a run that is trained and published; None where something is left to do.
 
     Raises:
         BadRequest: it cannot be gone on with.
     """
-    _check_continuation(config, newest, index)
+    _check_continuation(config, newest, data)
     result = folder.read("result.json")
     if newest is None or result is None or not _is_complete(newest, config) or not _is_of(result, newest, config):
         return None
@@ -110,16 +113,17 @@ def _is_of(result: dict[str, Any], newest: Checkpoint, config: TrainConfig) -> b
     return result.get("checkpoint") == newest.url and registered == config.tracking.register_as
 
 
-def _check_continuation(config: TrainConfig, newest: Checkpoint | None, index: DatasetIndex) -> None:
+def _check_continuation(config: TrainConfig, newest: Checkpoint | None, data: RunData) -> None:
     """Refuse to go on from a checkpoint with other data, or to end before it."""
     if newest is None:
         return
-    known = newest.manifest["index_digest"]
-    if known != index.digest:
-        raise BadRequest(
-            f"the shards at data.url changed since run {config.run.name!r} began (index {known[:12]} then, "
-            f"{index.digest[:12]} now), so its order of samples is lost: start anew with run.name=ANOTHER_NAME"
-        )
+    for key, (name, digest) in zip(("data.url", "data.other_url"), data.facts.items(), strict=False):
+        known = newest.manifest[name]
+        if known != digest:
+            raise BadRequest(
+                f"the shards at {key} changed since run {config.run.name!r} began (index {known[:12]} then, "
+                f"{digest[:12]} now), so its order of samples is lost: start anew with run.name=ANOTHER_NAME"
+            )
     if newest.step > config.run.steps and not newest.finished:
         raise BadRequest(f"run {config.run.name!r} is at step {newest.step} already: set run.steps to that or more")
 
@@ -137,6 +141,20 @@ def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
         raise BadRequest(" ".join(str(error).split())) from None
 
 
+def _check_samples(config: TrainConfig, folder: RunFolder, data: RunData) -> None:
+    """Read a few samples of each set. Raises BadRequest where none can be used, as where a member has another name."""
+    spec = sample_spec(config, local_inputs(folder))
+    for key, index in (("data.url", data.train), ("data.other_url", data.other)):
+        if index is None or config.data.max_bad_share == 1:
+            continue
+        (batch,) = fixed_batches(index, spec, _READ_FIRST, _READ_FIRST)
+        if all(batch["reasons"]):
+            raise BadRequest(
+                f"{key}: none of {len(batch['reasons'])} samples can be used, the first being {batch['keys'][0]}: "
+                f"{batch['reasons'][0]}"
+            )
+
+
 def _mark_failed(uri: str, run_id: str, error: BaseException) -> None:
     """Mark the MLflow run; where that fails too, `error` stays the one that is told."""
     try:
@@ -145,22 +163,21 @@ def _mark_failed(uri: str, run_id: str, error: BaseException) -> None:
         error.add_note(f"MLflow run {run_id} could not be marked as FAILED: {second}")
 
 
-def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[DatasetIndex, DataOrder]:
-    """Indexes of the shards (built where there are none), and the order; everything about the data is checked here."""
+def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[RunData, DataOrder]:
+    """Indexes of the shards (built where there are none), and the order of those at data.url; everything about the data
+    is checked here."""
     draw_demo(config)
-    index = load_index(config.data.url, folder.path("index"))
-    if config.data.validation_url is not None:
-        load_index(config.data.validation_url, folder.path("index"))
-    data = config.data
-    order = DataOrder(index, config.run.seed, data.lanes, data.global_batch_size, data.slots_per_lane)
-    order.check_world_size(config.workers.count)
-    if order.row_slots > index.samples:
-        print(
-            f"note: data.lanes × data.slots_per_lane is {order.row_slots}, more than the {index.samples} samples: some "
-            "come twice before others come once; lower data.slots_per_lane for exact epochs",
-            flush=True,
-        )
-    return index, order
+    data = RunData.load(config, folder.path("index"))
+    orders = data.orders(config)
+    for key, order in zip(("data.url", "data.other_url"), orders, strict=False):
+        order.check_world_size(config.workers.count)
+        if order.row_slots > order.samples:
+            print(
+                f"note: data.lanes × data.slots_per_lane is {order.row_slots}, more than the {order.samples} samples "
+                f"of {key}: some come twice before others come once; lower data.slots_per_lane for exact epochs",
+                flush=True,
+            )
+    return data, orders[0]
 
 
 def draw_demo(config: TrainConfig) -> None:
@@ -173,13 +190,11 @@ def draw_demo(config: TrainConfig) -> None:
     write_digits(out, size, data.demo_repeats, _SHARD_SAMPLES, overwrite=True)
 
 
-def _open_tracking(
-    config: TrainConfig, folder: RunFolder, uri: str, index: DatasetIndex, parent_run: str | None
-) -> str:
+def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, data: RunData, parent_run: str | None) -> str:
     """One MLflow run for one training, however often it restarts."""
     known = folder.read("run.json") or {}
     tags = {
-        "index_digest": index.digest,
+        **data.facts,
         "git_commit": git_commit(),
         "run_folder": folder.url,
         "pipeline": config.objective.kind,
@@ -209,9 +224,9 @@ def _fit(
     from pipelines.training.worker import train_worker
 
     cluster.check_shared(folder.url, "the run's folder")
-    cluster.check_shared(config.data.url, "data.url")
-    if config.data.validation_url is not None:
-        cluster.check_shared(config.data.validation_url, "data.validation_url")
+    for key, url in data_urls(config).items():
+        if url is not None:
+            cluster.check_shared(url, key)
     tracking.check_tracking(uri, cluster.node_count())
     board = Board.remote()  # type: ignore[attr-defined]
     filesystem, path = (
@@ -292,7 +307,7 @@ def _fit_in_thread(trainer: Any, lease: Lease) -> Exception | None:
 
 
 def _publish(
-    config: TrainConfig, folder: RunFolder, uri: str, run_id: str, index: DatasetIndex, order: DataOrder
+    config: TrainConfig, folder: RunFolder, uri: str, run_id: str, data: RunData, order: DataOrder
 ) -> dict[str, Any]:
     """Export and register what was trained; returns the summary of the run."""
     newest = checkpoints.newest_verified(folder.checkpoints)
@@ -307,8 +322,8 @@ def _publish(
         "steps": newest.step,
         "checkpoint": newest.url,
         "epochs": order.slots_consumed(newest.step) / order.samples,
-        "samples": index.samples,
-        "index_digest": index.digest,
+        "samples": data.train.samples,
+        **data.facts,
         "export": export_url,
         "mlflow_run_id": run_id,
         "tracking_uri": uri,
@@ -323,8 +338,9 @@ def _publish(
         from infra.registry import register_export, resolve_model
 
         lineage = {
-            "index_digest": index.digest,
+            **data.facts,
             "data_url": config.data.url,
+            **({} if config.data.other_url is None else {"other_data_url": config.data.other_url}),
             "git_commit": git_commit(),
             "seed": config.run.seed,
             "steps": published.step,
@@ -335,7 +351,7 @@ def _publish(
         described = {
             **facts,
             "figures": published.manifest.get("figures", {}),
-            "data": {"url": config.data.url, "samples": index.samples, "index digest": index.digest},
+            "data": data.described(config),
         }
         summary["model_uri"] = register_export(
             uri,

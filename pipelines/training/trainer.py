@@ -154,20 +154,16 @@ class Trainer:
     def split(self, batch: RankBatch, step: int) -> list[Batch]:
         """Micro-batches on the device; images become float32 in [-1, 1]."""
         size = self.config.rank_micro_batch
-        micro_batches = []
-        for begin in range(0, len(batch["keys"]), size):
-            part = {
-                key: value[begin : begin + size] if isinstance(value, (Tensor, list)) else value
-                for key, value in batch.items()
-            }
-            micro_batches.append(self.to_device(part, step))
-        return micro_batches
+        rows = (slice(begin, begin + size) for begin in range(0, len(batch["keys"]), size))
+        return [self.to_device(_rows(batch, part), step) for part in rows]
 
     def to_device(self, batch: Mapping[str, Any], step: int) -> Batch:
         moved = {
             key: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for key, value in batch.items()
         }
+        if "other" in batch:
+            moved["other"] = self.to_device(batch["other"], step)
         for name in ("images", "condition_images"):
             if name in moved:
                 moved[name] = moved[name].float().div_(127.5).sub_(1.0)
@@ -243,6 +239,14 @@ class Trainer:
         self.skipped_steps = checkpoint.manifest.get("skipped_steps", 0)
         self.precision = checkpoint.manifest.get("precision", self.precision)  # "auto" means what it meant at first
         return int(checkpoint.step)
+
+
+def _rows(batch: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    """Some samples of a batch, of each of its sets."""
+    return {
+        key: _rows(value, part) if key == "other" else value[part] if isinstance(value, (Tensor, list)) else value
+        for key, value in batch.items()
+    }
 
 
 def _same_on_all_ranks(value: str) -> str:

@@ -16,10 +16,7 @@ from infra import storage
 from infra.errors import BadRequest
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
-from pipelines.data.index import load_index
-from pipelines.data.order import DataOrder
 from pipelines.data.quarantine import Quarantine
-from pipelines.data.stream import training_batches
 from pipelines.training.audit import Audit
 from pipelines.training.board import NETWORK_WORDS
 from pipelines.training.checkpoint import newest_verified
@@ -27,6 +24,7 @@ from pipelines.training.config import TrainConfig
 from pipelines.training.export import initial_objective
 from pipelines.training.hooks import RunHooks, checked, known_best, training_device
 from pipelines.training.inputs import local_inputs, sample_spec
+from pipelines.training.run_data import RunData, parts
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import Trainer
 
@@ -45,7 +43,8 @@ class _Position:
         phase = self.trainer.phase.network if self.trainer and self.trainer.phase else None
         if self.batch is None:
             return {"step": "before the first", "phase": phase, "shards": []}
-        shards = sorted({key.partition(".tar/")[0] + ".tar" for key in self.batch["keys"]})
+        keys = [key for _, part in parts(self.batch) for key in part["keys"]]
+        shards = sorted({key.partition(".tar/")[0] + ".tar" for key in keys})
         return {"step": self.batch["step"], "phase": phase, "shards": shards[:4]}
 
 
@@ -97,29 +96,22 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
     torch.set_num_threads(config.workers.threads or max(1, cores // local_world_size))
     device = training_device(config.workers.use_gpu)
 
-    index_root = folder.path("index")
-    train_index = load_index(config.data.url, index_root, build=False, progress=False)
-    validation_index = None
-    if config.data.validation_url is not None:
-        validation_index = load_index(config.data.validation_url, index_root, build=False, progress=False)
+    data = RunData.load(config, folder.path("index"), build=False, progress=False)
     inputs = local_inputs(folder)
     spec = sample_spec(config, inputs)
-    order = DataOrder(
-        train_index, config.run.seed, config.data.lanes, config.data.global_batch_size, config.data.slots_per_lane
-    )
 
     objective = initial_objective(config, inputs)  # the same on every rank
     for network in (*objective.networks.values(), *objective.frozen.values()):
         network.to(device)
     position.trainer = trainer = Trainer(config, objective, device, rank)
     checkpoint = newest_verified(folder.checkpoints, tell=lambda line: job["board"].note.remote(line))
-    if checkpoint is not None and checkpoint.manifest["index_digest"] != train_index.digest:
+    if checkpoint is not None and any(checkpoint.manifest[name] != digest for name, digest in data.facts.items()):
         raise ValueError(f"the shards changed since {checkpoint.url} was written")
     start = trainer.restore(checkpoint) if checkpoint is not None else 0
 
     facts = {
         "mlflow_run_id": job["mlflow_run_id"],
-        "index_digest": train_index.digest,
+        **data.facts,
         "marks": {**job["marks"], "workers": entered, "building": time.time()},
     }
     if config.best.metric is not None:
@@ -133,13 +125,12 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         if config.run.audit:
             audit = Audit(folder, rank, start)
             closing.callback(audit.write)
-        quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share, train_index.chunk_samples)
+        quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share, data.train.chunk_samples)
         hooks = RunHooks(
             config,
             folder,
             spec,
-            train_index,
-            validation_index,
+            data,
             logger,
             job["board"],
             facts,
@@ -157,14 +148,5 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
         if start >= config.run.steps:  # shortened to where it is: only the end is left to do
             hooks.after_step(trainer, start)
             return
-        stream = training_batches(
-            order=order,
-            spec=spec,
-            rank=rank,
-            world_size=world_size,
-            start_step=start,
-            end_step=config.run.steps,
-            concurrency=config.data.read_cpus,
-            prefetch=config.data.prefetch_batches,
-        )
-        trainer.fit(checked(closing.enter_context(stream), quarantine, seen), start, hooks)
+        batches = data.batches(config, spec, rank, world_size, start, closing)
+        trainer.fit(checked(batches, quarantine, seen), start, hooks)

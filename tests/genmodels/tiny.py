@@ -13,6 +13,7 @@ from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import ObjectiveConfig, build_objective
 from genmodels.gan.config import GanConfig
+from genmodels.gan.translation_config import CycleGanConfig
 from genmodels.objective import Batch
 from genmodels.text import tokenizer
 
@@ -66,6 +67,16 @@ def gan_config(**changes: Any) -> GanConfig:
     settings = {"image_size": 16, "latent_dim": 8, "condition_dim": 16, "loss": "non_saturating", **changes}
     own = {"generator": {**shape, "style_dim": 16, "mapping_layers": 1}, "discriminator": shape}
     return GanConfig.model_validate({**own, **settings})
+
+
+def cycle_config(**changes: Any) -> CycleGanConfig:
+    shape = {"image_size": 16, "channels": 4, "halvings": 1, "blocks": 1, "pool_size": 20}
+    return CycleGanConfig.model_validate({**shape, "discriminator": {"channels": 4, "layers": 1}, **changes})
+
+
+def unpaired(size: int = 4, first_seed: int = 0) -> Batch:
+    """A batch of two sets."""
+    return {**batch(size, first_seed), "other": batch(size, first_seed + 500)}
 
 
 def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:

@@ -15,7 +15,8 @@ from torch import Tensor
 from genmodels import random
 from genmodels.drawing import open_drawing_model
 from genmodels.families import build_objective
-from genmodels.gan.objective import AugmentationState, Gan
+from genmodels.gan.adaptive import AugmentationState
+from genmodels.gan.objective import Gan
 from genmodels.gan.pipeline import GanModel
 from genmodels.objective import Batch, Drawing
 from infra.exports import export_kind

@@ -12,9 +12,9 @@ from pydantic import ValidationError
 
 from genmodels.drawing import open_drawing_model
 from genmodels.families import build_objective
-from genmodels.gan.config import Pix2PixConfig
 from genmodels.gan.pix2pix import Pix2Pix
 from genmodels.gan.translation import TranslationModel
+from genmodels.gan.translation_config import Pix2PixConfig
 from genmodels.objective import Batch, Drawing
 from tests.genmodels import tiny
 

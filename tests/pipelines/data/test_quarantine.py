@@ -71,7 +71,7 @@ def test_the_rule_over_all_ranks():
     quarantine = Quarantine("/nowhere", 0, max_share=0.01)
     assert not quarantine.too_many(162, 10_000) and quarantine.too_many(163, 10_000)
     assert quarantine.too_many(math.ceil(0.011 * 10**7), 10**7)
-    last = {"shard": "s.tar", "key": "k", "reason": "caption: empty"}
+    last = {"shard": "s.tar", "key": "k", "reason": "caption: empty", "split": "train"}
     assert str(quarantine.failure("163 of the 10000 samples read so far", last)) == (
         "163 of the 10000 samples read so far cannot be used (data.max_bad_share=0.01); the last: shard s.tar, key k: "
         "caption: empty; all are listed in /nowhere"

@@ -50,16 +50,24 @@ def training_config(
 ) -> TrainConfig:
     """A run of tiny latent diffusion, or of the `model` given, two micro-batches a step; parameters of every size are
     sharded at stage 3."""
-    share = GLOBAL_BATCH // world_size
+    share, unpaired = GLOBAL_BATCH // world_size, getattr(model, "unpaired", False)
     tree: dict[str, Any] = {
         "run": {"name": "small", "steps": 100},
-        "data": {"url": "/nowhere", "global_batch_size": GLOBAL_BATCH, "micro_batch": share // 2, "lanes": 4},
+        "data": {
+            "url": "/nowhere",
+            **({"other_url": "/elsewhere"} if unpaired else {}),
+            "global_batch_size": GLOBAL_BATCH,
+            "micro_batch": share // 2,
+            "lanes": 4,
+        },
         "objective": (model or tiny.diffusion_config()).model_dump(),
         "optimizer": {"learning_rate": 2e-3, "warmup_steps": 5, "max_grad_norm": 0.5},
         "engine": {"kind": kind, "zero_stage": stage, "persistence_threshold": 0, "bucket_elements": 5000},
         "ema": {"decay": 0.9, "lengths": [0.05, 0.1]},
         "workers": {"count": world_size},
     }
+    if unpaired:
+        tree["data"]["other_url"] = "/elsewhere"
     for key, value in changes.items():
         section, _, name = key.partition("__")
         tree.setdefault(section, {})[name] = value
@@ -68,17 +76,27 @@ def training_config(
 
 def global_batch(step: int, inputs: Path) -> RankBatch:
     """The same global batch on every rank: images uint8, as the data path gives them."""
-    given: Any = tiny.with_tokens(tiny.batch(GLOBAL_BATCH, first_seed=1000 * step), inputs)
-    given["images"] = ((given["images"] + 1) * 127.5).round().byte()
-    return given | {"step": step, "reasons": [""] * GLOBAL_BATCH}
+    given, other = (_as_read(tiny.batch(GLOBAL_BATCH, first_seed=1000 * step + first), step) for first in (0, 500))
+    return {**tiny.with_tokens(given, inputs), "other": other}  # type: ignore[typeddict-item]
+
+
+def _as_read(given: Batch, step: int) -> Batch:
+    pixels = ((given["images"] + 1) * 127.5).round().byte()
+    return {**given, "images": pixels, "step": step, "reasons": [""] * GLOBAL_BATCH}
 
 
 def rank_batch(step: int, rank: int, world_size: int, inputs: Path) -> RankBatch:
     """A rank's share: lanes are in order, so the global batch is the ranks' shares one after the other."""
     share = GLOBAL_BATCH // world_size
-    whole: Any = global_batch(step, inputs)
     part = slice(rank * share, (rank + 1) * share)
-    return {key: value[part] if isinstance(value, (Tensor, list)) else value for key, value in whole.items()}  # type: ignore[return-value]
+
+    def rows(whole: Any) -> Any:
+        return {
+            key: rows(value) if key == "other" else value[part] if isinstance(value, (Tensor, list)) else value
+            for key, value in whole.items()
+        }
+
+    return rows(global_batch(step, inputs))  # type: ignore[no-any-return]
 
 
 def make_trainer(objective: str, config: TrainConfig, inputs: Path, rank: int) -> Trainer:

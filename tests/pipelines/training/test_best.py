@@ -23,6 +23,7 @@ from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.evaluation import DrawnPictures
 from pipelines.training.hooks import RunHooks, known_best, measured_how
 from pipelines.training.metrics import MeanLog, Throughput
+from pipelines.training.run_data import RunData
 from pipelines.training.run_folder import RunFolder
 from pipelines.training.trainer import TrainingStopped
 from tests.genmodels import tiny
@@ -76,7 +77,7 @@ def _go(
     index = load_index(config.data.url, build=False)
     quarantine = Quarantine(folder.path("quarantine"), 0, 1.0, 2)
     distances = facts.pop("distances", {})
-    hooks: Any = RunHooks(config, folder, SampleSpec(8), index, index, None, _Board(), facts, quarantine)
+    hooks: Any = RunHooks(config, folder, SampleSpec(8), RunData(index, index), None, _Board(), facts, quarantine)
     hooks._evaluate = lambda trainer, step: {"val_frechet_distance": distances[step]}
     trainer: Any = _Trainer(dict(zip(range(2, 13, 2), losses)))
     try:

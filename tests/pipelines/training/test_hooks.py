@@ -19,6 +19,7 @@ from pipelines.training.checkpoint import Snapshot, list_checkpoints
 from pipelines.training.config import TrainConfig
 from pipelines.training.hooks import RunHooks, checked
 from pipelines.training.metrics import MeanLog, Throughput
+from pipelines.training.run_data import RunData
 from pipelines.training.run_folder import RunFolder
 from tests.genmodels import tiny
 from tests.pipelines.data.shards import encode, numbered_image, pairs, write_shards, write_tar
@@ -123,7 +124,7 @@ def _end_of(start: _Start, rank: int, root: Path) -> str:
     quarantine = Quarantine(folder.path("quarantine"), rank, config.data.max_bad_share, chunk_samples=2)
     audit = Audit(folder, rank, start.first)
     hooks = RunHooks(
-        config, folder, SampleSpec(8), indices[0], indices[1], None, _Board(), {}, quarantine, start.bad_before, audit
+        config, folder, SampleSpec(8), RunData(*indices), None, _Board(), {}, quarantine, start.bad_before, audit
     )  # fmt: skip
     trainer: Any = _Trainer()
     try:

@@ -1,0 +1,155 @@
+"""Through Ray: images made of images, from samples that hold both, and from two sets that do not belong together."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from genmodels.drawing import open_drawing_model
+from infra.errors import BadRequest
+from infra.registry import resolve_model
+from pipelines.data.quarantine import read_quarantine
+from pipelines.data.write import ShardWriter
+from pipelines.demo.digits import draw_split
+from pipelines.training.run_folder import RunFolder
+from tests.genmodels import tiny
+from tests.pipelines.training import small_run
+
+pytestmark = pytest.mark.slow
+
+Train = Callable[..., dict[str, Any]]
+STEPS = 12
+LENGTH = f"run.steps={STEPS}", "run.checkpoint_every=6", "run.preview_samples=4"
+PIX2PIX = {
+    "kind": "pix2pix",
+    "image_size": 16,
+    "channels": 4,
+    "largest": 8,
+    "discriminator": {"channels": 4, "layers": 1},
+    "image_condition": {"kind": "member", "member": "grey.png"},
+}
+OTHER_SAMPLES = 64  # a whole number of rows of the order, as small_run.SAMPLES is, and another one
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _grey(pixels: np.ndarray) -> np.ndarray:
+    return np.repeat(pixels.mean(2, keepdims=True), 3, 2).astype(np.uint8)
+
+
+def _objective(tree: dict[str, Any]) -> str:
+    return f"objective={yaml.safe_dump(tree, default_flow_style=True, width=9999).strip()}"
+
+
+def _write(url: Path, samples: int, members: Callable[[int, np.ndarray], dict[str, bytes]]) -> str:
+    with ShardWriter(str(url), shard_samples=40, chunk_samples=8) as writer:
+        for number, (key, pixels, _, _) in enumerate(islice(draw_split("train", 16, 1), samples)):
+            writer.write(key, members(number, pixels))
+    return str(url)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Samples of a colour image and the same in grey; of one the grey image is missing."""
+
+    def members(number: int, pixels: np.ndarray) -> dict[str, bytes]:
+        given = {} if number == 3 else {"grey.png": _png(_grey(pixels))}
+        return {"png": _png(pixels), **given}
+
+    return _write(tmp_path_factory.mktemp("pairs"), small_run.SAMPLES, members)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Grey images and, fewer, coloured ones, under the same names; one of the second is damaged."""
+    root = tmp_path_factory.mktemp("sets")
+    first = _write(root / "grey", small_run.SAMPLES, lambda _, pixels: {"png": _png(_grey(pixels))})
+    second = _write(root / "colour", OTHER_SAMPLES, lambda n, pixels: {"png": b"no image" if n == 5 else _png(pixels)})
+    return first, second
+
+
+def test_pix2pix_trains_on_pairs_and_is_drawn_from_the_registry(train: Train, pairs: str) -> None:
+    summary = train(
+        "run.name=pix2pix", f"data.url={pairs}", f"data.validation_url={pairs}", "data.caption=null", *LENGTH,
+        "data.max_bad_share=0.1", _objective(PIX2PIX), "tracking.register_as=pix2pix-test",
+    )  # fmt: skip
+    folder = RunFolder(summary["run_folder"])
+    assert summary["outcome"] == "trained" and {"val_psnr", "val_loss", "l1"} <= summary["figures"].keys()
+    (bad,) = [record for record in read_quarantine(folder.path("quarantine")) if record["split"] == "train"]
+    assert "grey.png" in bad["reason"], "a pair that lacks a side is left out, and said so"
+    drawn = open_drawing_model(resolve_model(summary["model_uri"], summary["tracking_uri"])).draw(
+        None, [1, 2], images=np.zeros((2, 16, 16, 3), np.uint8)
+    )
+    assert drawn.shape == (2, 16, 16, 3)
+
+
+def test_pairs_without_the_named_member_are_refused_with_its_name(train: Train, pairs: str) -> None:
+    other = {**PIX2PIX, "image_condition": {"kind": "member", "member": "edges.png"}}
+    with pytest.raises(BadRequest, match=r"data\.url: none of 8 samples can be used, .*edges\.png: missing"):
+        train("run.name=sideless", f"data.url={pairs}", "data.caption=null", *LENGTH, _objective(other))
+
+
+def test_cycle_gan_sees_each_set_exactly_once_an_epoch(train: Train, sets: tuple[str, str]) -> None:
+    first, second = sets
+    objective = tiny.cycle_config().model_dump(mode="json")
+    given = (
+        f"data.url={first}", f"data.validation_url={first}", f"data.other_url={second}",
+        f"data.other_validation_url={second}", "data.caption=null", "data.max_bad_share=0.2", *LENGTH,
+        _objective(objective), "run.name=cycle",
+    )  # fmt: skip
+    summary = train(*given, "engine.zero_stage=2", "tracking.register_as=cycle-test")
+    assert summary["outcome"] == "trained" and "val_cycle_a" in summary["figures"]
+    folder = RunFolder(summary["run_folder"])
+    seen = small_run.audit(folder, 0, STEPS)
+    sides = {
+        name: [entry for entry in seen if entry.get("set", "") == name] for name in ("", "other")
+    }  # fmt: skip
+    for name, samples in (("", small_run.SAMPLES), ("other", OTHER_SAMPLES)):
+        steps = samples // small_run.GLOBAL_BATCH
+        for start in range(0, STEPS - steps + 1, steps):
+            counts = Counter(entry["key"] for entry in sides[name] if start <= entry["step"] < start + steps)
+            assert set(counts.values()) == {1} and len(counts) == samples, (name, start)
+    in_step = [{entry["key"] for entry in side if entry["step"] == 0} for side in sides.values()]
+    assert in_step[0] != in_step[1], "samples of the two sets do not belong together"
+    bad = {
+        (record["split"], record["reason"].partition(":")[0]) for record in read_quarantine(folder.path("quarantine"))
+    }
+    assert bad == {("other train", "image"), ("other held_out", "image")}
+    assert summary["figures"]["bad_samples"] == STEPS // (OTHER_SAMPLES // small_run.GLOBAL_BATCH)
+
+    model = open_drawing_model(resolve_model(summary["model_uri"], summary["tracking_uri"]))
+    images = np.full((2, 16, 16, 3), 90, np.uint8)
+    there, back = (model.draw(None, [1, 2], images=images, direction=way) for way in ("ab", "ba"))
+    assert there.shape == back.shape == (2, 16, 16, 3) and (there != back).any()
+
+    shutil.rmtree(second)
+    _write(Path(second), OTHER_SAMPLES, lambda _, pixels: {"png": _png(255 - pixels)})
+    with pytest.raises(BadRequest, match=r"the shards at data\.other_url changed since run 'cycle' began"):
+        train(*given, "run.steps=20")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ([], r"objective\.kind=cycle_gan learns from two sets: name data\.other_url"),
+        (["data.other_url=/b", "data.validation_url=/c"], "data.validation_url and data.other_validation_url go tog"),
+        (["data.other_url=/b", _objective(PIX2PIX)], r"data\.other_url is of cycle_gan: objective\.kind=pix2pix"),
+    ],
+)
+def test_sets_that_do_not_fit_the_objective_are_refused(train: Train, changes: list[str], match: str) -> None:
+    with pytest.raises(BadRequest, match=match):
+        train("run.name=x", "data.caption=null", _objective(tiny.cycle_config().model_dump(mode="json")), *changes)

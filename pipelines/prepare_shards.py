@@ -25,7 +25,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--held-out", type=float, default=0.0, metavar="SHARE", help="to OUT/held_out, 0 to 1 (default: 0)"
     )
-    parser.add_argument("--demo", choices=["digits"], help="draw the demo's digits instead of reading IMAGES")
+    parser.add_argument(
+        "--demo",
+        choices=["digits", "strokes"],
+        help="draw the demo's digits instead of reading IMAGES; strokes: in white on black, for the variants of GANs",
+    )
     parser.add_argument("--size", type=int, default=32, metavar="PIXELS", help="side of a digit (default: 32)")
     parser.add_argument("--repeats", type=int, default=8, help="drawings of each digit (default: 8)")
     parser.add_argument("--shard-samples", type=int, default=1000, help="samples per shard (default: 1000)")
@@ -39,7 +43,11 @@ def main() -> None:
     if len(args.paths) != (1 if args.demo else 2):
         raise BadRequest("give OUT alone with --demo, else IMAGES and OUT")
     out = args.paths[-1]
-    if args.demo:
+    if args.demo == "strokes":
+        from pipelines.demo.strokes import write_strokes
+
+        indices = write_strokes(out, args.size, args.shard_samples, args.overwrite)
+    elif args.demo:
         indices = write_digits(out, args.size, args.repeats, args.shard_samples, args.overwrite)
     else:
         images, captions = Path(args.paths[0]), not args.no_captions

@@ -91,8 +91,10 @@ def load_originals() -> tuple[np.ndarray, np.ndarray]:
 
 
 @lru_cache(maxsize=2048)
-def stroke_mask(source: int, size: int) -> np.ndarray:
+def stroke_mask(source: int, size: int, threshold: float = _THRESHOLD) -> np.ndarray:
     """The strokes of original `source`, enlarged: float32 (size, size) in [0, 1] with edges one pixel wide.
+
+    `threshold` is the share of full ink above which a place counts as stroke: a higher one makes thinner strokes.
 
     The bicubic enlargement is thresholded at four times the size and then averaged, so the outline is as sharp as the
     size allows: 64 pixels hold detail that 16 do not. The array is shared between calls, so it is read-only.
@@ -101,7 +103,7 @@ def stroke_mask(source: int, size: int) -> np.ndarray:
     fine, edge = size * _OVERSAMPLE, 1 - _MARGIN
     box = (edge, edge, original.shape[1] - edge, original.shape[0] - edge)
     smooth = Image.fromarray(original).resize((fine, fine), Image.Resampling.BICUBIC, box=box)
-    stroke = (np.asarray(smooth) > _THRESHOLD).astype(np.float32)
+    stroke = (np.asarray(smooth) > threshold).astype(np.float32)
     mask = stroke.reshape(size, _OVERSAMPLE, size, _OVERSAMPLE).mean(axis=(1, 3))
     mask.setflags(write=False)
     return mask

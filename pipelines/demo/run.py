@@ -45,14 +45,14 @@ class Stages:
         return result
 
 
-def prepare(root: Path, trainings: list[TrainConfig], at_once: int = 1) -> None:
+def prepare(root: Path, trainings: list[TrainConfig], at_once: int = 1, demo: str = "digits") -> None:
     """Draw the shards in a process of its own, and meanwhile forget earlier demos, import what is needed, start Ray.
 
-    Ray gets room for as many of the trainings at once.
+    Ray gets room for as many of the trainings at once. `demo` is what is drawn, of the first training's size.
     """
     size = str(trainings[0].data.demo_size or trainings[0].objective.image_size)
-    command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / f"digits-{size}")]
-    with subprocess.Popen([*command, "--demo", "digits", "--size", size, "--overwrite"]) as drawing:
+    command = [sys.executable, str(SOURCES / "pipelines" / "prepare_shards.py"), str(root / "data" / f"{demo}-{size}")]
+    with subprocess.Popen([*command, "--demo", demo, "--size", size, "--overwrite"]) as drawing:
         from genmodels.families import members_of, objective_class
         from pipelines.training import cluster, launch  # noqa: F401
 

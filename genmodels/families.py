@@ -16,6 +16,7 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.gan.attention.config import AttnGanConfig, DamsmConfig
 from genmodels.gan.config import GanConfig, Pix2PixConfig
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
 
@@ -30,11 +31,13 @@ _Alone = (
     | AutoregressivePriorConfig
     | GanConfig
     | Pix2PixConfig
+    | DamsmConfig
+    | AttnGanConfig
 )
 MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
 
-_TAKEN = ("init", "tokenizer", "clip", "complete")  # what else is among the inputs of a run
+_TAKEN = ("init", "tokenizer", "clip", "damsm", "complete")  # what else is among the inputs of a run
 
 
 class SideBySideConfig(Section):
@@ -105,6 +108,14 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.gan.pix2pix import Pix2Pix
 
             return Pix2Pix
+        case "damsm":
+            from genmodels.gan.attention.damsm import Damsm
+
+            return Damsm
+        case "attn_gan":
+            from genmodels.gan.attention.objective import AttnGan
+
+            return AttnGan
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 
@@ -123,7 +134,7 @@ def build_objective(config: Any, inputs: Path | None = None) -> Objective:
     Args:
         config: of one of the classes in `ObjectiveConfig`.
         inputs: folder of what the objective needs from elsewhere (`autoencoder/`, `tokenizer/`, `text_encoder/`,
-            `perceptual.safetensors`); None where it needs nothing.
+            `clip/`, `damsm/`, `perceptual.safetensors`); None where it needs nothing.
 
     Raises:
         ValueError: an input is missing or does not fit the configuration; the message names it.

@@ -61,7 +61,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         for reference, source in _resolve_all(models, config):
             for key in (key for key, wanted in models.items() if wanted == reference):
                 sources[key] = {"reference": reference, "digest": folder_digest(source)}
-                _place(key, reference, source, local / _member_named(key))
+                place(key, reference, source, local / _member_named(key))
         for name, member in members.items():
             complete_clip(member, config, index, local / name)
         check_encoders(config, local)
@@ -121,8 +121,12 @@ def _is_ours(path: str, config: TrainConfig) -> bool:
     return (Path(path).expanduser() / CLIP_FACTS).is_file()
 
 
-def _place(key: str, reference: str, source: Path, target: Path) -> None:
-    """Copy the model that a key of the configuration refers to into its member's folder."""
+def place(key: str, reference: str, source: Path, target: Path) -> None:
+    """Copy the model that a key of the configuration refers to into its member's folder.
+
+    Raises:
+        BadRequest: it is of another kind; the message names the key.
+    """
     if key.endswith(".clip"):
         shutil.copytree(source, target / "clip")
     elif key.endswith(".damsm"):

@@ -7,6 +7,10 @@ from typing import Any
 
 import pytest
 
+from genmodels.families import build_objective
+from genmodels.text.tokenizer import load
+from infra.errors import BadRequest
+from pipelines.training.inputs import place
 from pipelines.training.trainer import check_phases
 from tests.genmodels import tiny
 from tests.pipelines.training.small import GLOBAL_BATCH, make_trainer, train_steps, training_config
@@ -81,10 +85,16 @@ def test_the_number_of_ranks_changes_nothing(inputs: Path) -> None:
                 assert two[figure] == pytest.approx(one[figure], abs=2e-5, rel=2e-4), (name, figure)
 
 
+def test_a_damsm_comes_with_its_tokenizer(inputs: Path, tmp_path: Path) -> None:
+    place("objective.damsm", "models:/mine", inputs / "damsm", tmp_path)
+    made: Any = build_objective(MODELS["attn_gan"], tmp_path)
+    assert load(tmp_path / "tokenizer").get_vocab() == made.tokenizer.get_vocab()
+    with pytest.raises(BadRequest, match=r"objective\.damsm=models:/other: holds no DAMSM; train one"):
+        place("objective.damsm", "models:/other", inputs / "clip", tmp_path)
+
+
 @pytest.mark.parametrize("name", ["damsm", "attn_gan"])
 def test_accumulation_would_change_the_comparison_and_is_refused(name: str, inputs: Path) -> None:
-    from genmodels.families import build_objective
-
     config = training_config("torch", 0, 1, MODELS[name])
     with pytest.raises(ValueError, match=r"couples the samples of a batch, .*: set data.micro_batch=16"):
         check_phases(config, build_objective(MODELS[name], inputs))

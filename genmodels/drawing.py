@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from genmodels.gan.attention.layout import attends_to_words
 from genmodels.gan.layout import INDEX as OF_GAN
 from genmodels.gan.layout import told_image
 from genmodels.unclip.layout import INDEX as OF_UNCLIP
@@ -29,6 +30,10 @@ def open_drawing_model(folder: Path, device: str = "cpu", precision: str = "fp32
             from genmodels.gan.translation import TranslationModel
 
             return TranslationModel.from_folder(Path(folder), device, precision)
+        if attends_to_words(Path(folder)):
+            from genmodels.gan.attention.pipeline import AttnGanModel
+
+            return AttnGanModel.from_folder(Path(folder), device, precision)
         from genmodels.gan.pipeline import GanModel
 
         return GanModel.from_folder(Path(folder), device, precision)

@@ -16,6 +16,7 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.config import Section
 from genmodels.diffusion.config import LatentDiffusionConfig
+from genmodels.gan.attention.config import AttnGanConfig, DamsmConfig
 from genmodels.gan.config import GanConfig
 from genmodels.gan.translation_config import CycleGanConfig, Pix2PixConfig
 from genmodels.unclip.config import AutoregressivePriorConfig, DiffusionPriorConfig
@@ -32,11 +33,13 @@ _Alone = (
     | GanConfig
     | Pix2PixConfig
     | CycleGanConfig
+    | DamsmConfig
+    | AttnGanConfig
 )
 MemberConfig = Annotated[_Alone, Field(discriminator="kind")]
 
 
-_TAKEN = ("init", "tokenizer", "clip", "complete")  # what else is among the inputs of a run
+_TAKEN = ("init", "tokenizer", "clip", "damsm", "complete")  # what else is among the inputs of a run
 
 
 class SideBySideConfig(Section):
@@ -119,6 +122,14 @@ def objective_class(kind: str) -> type[Objective]:
             from genmodels.gan.cycle import CycleGan
 
             return CycleGan
+        case "damsm":
+            from genmodels.gan.attention.damsm import Damsm
+
+            return Damsm
+        case "attn_gan":
+            from genmodels.gan.attention.objective import AttnGan
+
+            return AttnGan
         case "side_by_side":
             from genmodels.side_by_side import SideBySide
 
@@ -137,7 +148,7 @@ def build_objective(config: Any, inputs: Path | None = None) -> Objective:
     Args:
         config: of one of the classes in `ObjectiveConfig`.
         inputs: folder of what the objective needs from elsewhere (`autoencoder/`, `tokenizer/`, `text_encoder/`,
-            `perceptual.safetensors`); None where it needs nothing.
+            `clip/`, `damsm/`, `perceptual.safetensors`); None where it needs nothing.
 
     Raises:
         ValueError: an input is missing or does not fit the configuration; the message names it.

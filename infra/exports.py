@@ -7,18 +7,19 @@ import json
 import os
 from pathlib import Path
 
-INDICES = "model_index.json, genmodels.json, unclip.json, gan.json, prior.json, clip.json or autoencoder config"
+INDICES = "model_index.json, {genmodels,unclip,gan,prior,clip,damsm}.json or autoencoder config"
 
 
 def export_kind(folder: str | os.PathLike[str]) -> str | None:
-    """What an export folder holds: "text_to_image", "autoencoder", "clip", "prior", or None where it is no export."""
+    """What an export folder holds: "text_to_image", "autoencoder", "clip", "damsm", "prior", or None without one."""
     folder = Path(folder)
     if any((folder / name).is_file() for name in ("model_index.json", "genmodels.json", "unclip.json", "gan.json")):
         return "text_to_image"
     if (folder / "prior.json").is_file():
         return "prior"
-    if (folder / "clip.json").is_file():
-        return "clip"
+    for kind in ("clip", "damsm"):
+        if (folder / f"{kind}.json").is_file():
+            return kind
     if (folder / "config.json").is_file():
         content = json.loads((folder / "config.json").read_text())
         if content.get("_class_name") in ("AutoencoderKL", "VQModel"):

@@ -61,7 +61,7 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
     columns: list[ColSpec | TensorSpec]
     if kind == "autoencoder":
         return ModelSignature(inputs=Schema([png]), outputs=Schema([png])), pd.DataFrame({"png": [_grey_png()]})
-    if kind == "clip":
+    if kind in ("clip", "damsm"):
         texts = Schema([ColSpec("string", "text")])
         example = pd.DataFrame({"text": ["a red seven on a white background"]})
         return ModelSignature(inputs=texts, outputs=Schema([ColSpec(Array("double"), "embedding")])), example

@@ -27,7 +27,7 @@ from genmodels.gan.config import AdaptiveAugment, GanConfig
 from genmodels.gan.export import read_networks, write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.blocks import BatchNorm, Scores
-from genmodels.gan.penalties import gradient_penalty, zero_centred
+from genmodels.gan.penalties import penalty
 from genmodels.gan.ranks import global_batch
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.random import derive_seeds
@@ -202,9 +202,8 @@ class Gan(Objective):
                 named = named + self._class_loss(of_fake, batch)[0]
             per_sample = per_sample + named
         if batch["step"] % self.config.penalties.every == 0 and self.config.penalties.any:
-            penalty = self._penalty(real, fake, condition, batch["seeds"])
-            per_sample = per_sample + self.config.penalties.every * penalty
-            metrics["penalty"] = penalty
+            metrics["penalty"] = self._penalty(real, fake, condition, batch["seeds"])
+            per_sample = per_sample + self.config.penalties.every * metrics["penalty"]
         if isinstance(self.config.augmentation, AdaptiveAugment):
             self.augmentation.see(of_real.logits, weight)
             metrics["augmentation"] = torch.full_like(weight, self.augmentation.probability)
@@ -388,14 +387,7 @@ class Gan(Objective):
         def score(images: Tensor) -> Tensor:
             return self.discriminator(images, condition).logits
 
-        penalties, total = self.config.penalties, torch.zeros(len(real), device=real.device)
-        if penalties.r1:
-            total = total + zero_centred(score, real, penalties.r1)
-        if penalties.r2:
-            total = total + zero_centred(score, fake, penalties.r2)
-        if penalties.gradient:
-            total = total + gradient_penalty(score, real, fake, seeds, penalties.gradient)
-        return total
+        return penalty(score, real, fake, seeds, self.config.penalties)
 
     def _facts(self, of_real: Scores, of_fake: Scores) -> dict[str, Tensor]:
         """What the discriminator says, (batch,) each, and how often it is right: of pairs, where it compares them."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genmodels import random
+from genmodels.gan.config import Penalties
 
 
 def squared_gradient(score: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
@@ -44,3 +45,17 @@ def gradient_penalty(
     # A gradient of exactly 0 has a norm without a derivative.
     norm = squared_gradient(score, between).clamp(min=1e-20).sqrt()
     return weight * (norm - 1).square()
+
+
+def penalty(
+    score: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, seeds: Tensor, penalties: Penalties
+) -> Tensor:
+    """The sum of those that are configured, (batch,)."""
+    total = torch.zeros(len(real), device=real.device)
+    if penalties.r1:
+        total = total + zero_centred(score, real, penalties.r1)
+    if penalties.r2:
+        total = total + zero_centred(score, fake, penalties.r2)
+    if penalties.gradient:
+        total = total + gradient_penalty(score, real, fake, seeds, penalties.gradient)
+    return total

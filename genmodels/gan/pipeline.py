@@ -140,7 +140,7 @@ class GanModel:
                 rows.append(to_pixels(self.generator(path, told, own[:1].expand(steps)).float()))
         return np.stack(rows)
 
-    def _images(self, seeds: Tensor, told: Tensor | None, truncation: float) -> Tensor:
+    def _images(self, seeds: Tensor, told: Any, truncation: float) -> Tensor:
         """As `Gan.draw` makes them in training."""
         own = derive_seeds(seeds, "drawing")
         latents = random.normal(own, (self.config.latent_dim,), "latent")
@@ -161,7 +161,7 @@ class GanModel:
         rows = [generator.styles(latents, each[None].expand(256, *each.shape)).mean(0) for each in told]
         return torch.stack(rows)
 
-    def _condition(self, prompts: Sequence[str]) -> Tensor:
+    def _condition(self, prompts: Sequence[str]) -> Any:
         if self.classes is not None:
             known = {name: label for label, name in enumerate(self.classes)}
             if unknown := [prompt for prompt in prompts if prompt not in known]:

@@ -95,9 +95,9 @@ def _layout(objective: Any) -> str:
         return "CLIPModel (transformers opens it)" if whole else "CLIP (transformers opens its text encoder)"
     if objective.kind == "diffusion_prior":
         return "PriorTransformer (diffusers opens it)"
-    if objective.kind == "autoregressive_prior":
+    if objective.kind in ("autoregressive_prior", "damsm"):
         return "our own"
-    if objective.kind in ("gan", "pix2pix", "cycle_gan"):
+    if objective.kind in ("gan", "pix2pix", "cycle_gan", "attn_gan"):
         return "our own: only generate.py opens it"
     name = "AutoencoderKL" if objective.regulariser.kind == "kl" else "VQModel"
     return f"{name} (diffusers opens it)"

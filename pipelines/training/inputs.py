@@ -18,10 +18,11 @@ from filelock import FileLock
 
 from genmodels.clip.layout import FACTS as CLIP_FACTS
 from genmodels.families import members_of
+from genmodels.gan.attention.config import RecurrentTextEncoder
 from genmodels.text.config import PretrainedTextEncoder, TrainedTextEncoder
 from infra import storage
 from infra.errors import BadRequest
-from infra.exports import folder_digest
+from infra.exports import export_kind, folder_digest
 from pipelines.data.captions import read_captions
 from pipelines.data.index import DatasetIndex
 from pipelines.data.spec import SampleSpec
@@ -60,7 +61,7 @@ def prepare_inputs(config: TrainConfig, folder: RunFolder, index: DatasetIndex) 
         for reference, source in _resolve_all(models, config):
             for key in (key for key, wanted in models.items() if wanted == reference):
                 sources[key] = {"reference": reference, "digest": folder_digest(source)}
-                _place(key, reference, source, local / _member_named(key))
+                place(key, reference, source, local / _member_named(key))
         for name, member in members.items():
             complete_clip(member, config, index, local / name)
         check_encoders(config, local)
@@ -90,7 +91,7 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
             models[key] = text.path
         else:
             _fetch(key, text.path, text.path, target, "text_encoder", text.length)
-    elif isinstance(text, TrainedTextEncoder):
+    elif isinstance(text, (TrainedTextEncoder, RecurrentTextEncoder)):
         started_from = local / "init" / name / "tokenizer"
         if started_from.is_dir():  # fine-tuning keeps the meaning of the token ids
             shutil.copytree(started_from, target / "tokenizer")
@@ -102,6 +103,8 @@ def _member_inputs(name: str, objective: Any, config: TrainConfig, index: Datase
             save(train_tokenizer(captions, text.vocab_size, text.length), target / "tokenizer")
     if getattr(objective, "autoencoder", None) is not None:
         models[f"{section}.autoencoder"] = objective.autoencoder
+    if (damsm := getattr(objective, "damsm", None)) is not None:
+        models[f"{section}.damsm"] = damsm
     if (found := clip_reference(objective)) is not None:
         key, path = f"{section}.{found[0]}", found[1]
         if path.startswith(("models:", "preset:")) or _is_ours(path, config):
@@ -118,10 +121,19 @@ def _is_ours(path: str, config: TrainConfig) -> bool:
     return (Path(path).expanduser() / CLIP_FACTS).is_file()
 
 
-def _place(key: str, reference: str, source: Path, target: Path) -> None:
-    """Copy the model that a key of the configuration refers to into its member's folder."""
+def place(key: str, reference: str, source: Path, target: Path) -> None:
+    """Copy the model that a key of the configuration refers to into its member's folder.
+
+    Raises:
+        BadRequest: it is of another kind; the message names the key.
+    """
     if key.endswith(".clip"):
         shutil.copytree(source, target / "clip")
+    elif key.endswith(".damsm"):
+        if export_kind(source) != "damsm":
+            raise BadRequest(f"{key}={reference}: holds no DAMSM; train one with train_gan.py damsm_demo")
+        shutil.copytree(source, target / "damsm")
+        shutil.copytree(source / "tokenizer", target / "tokenizer")  # captions are read as it reads them
     elif key.endswith(".autoencoder"):
         nested = source / "vae"  # a Stable Diffusion export holds one too
         shutil.copytree(nested if nested.is_dir() else source, target / "autoencoder")

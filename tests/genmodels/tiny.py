@@ -12,6 +12,7 @@ from genmodels.autoencoder.config import AutoencoderConfig
 from genmodels.clip.config import ClipConfig
 from genmodels.diffusion.config import LatentDiffusionConfig
 from genmodels.families import ObjectiveConfig, build_objective
+from genmodels.gan.attention.config import AttnGanConfig, DamsmConfig
 from genmodels.gan.config import GanConfig
 from genmodels.gan.translation_config import CycleGanConfig
 from genmodels.objective import Batch
@@ -79,6 +80,20 @@ def unpaired(size: int = 4, first_seed: int = 0) -> Batch:
     return {**batch(size, first_seed), "other": batch(size, first_seed + 500)}
 
 
+def damsm_config(**changes: Any) -> DamsmConfig:
+    image_encoder = {"channels": [8, 16], "depth": 1, "regions_after": 2, "norm_groups": 4}
+    text = {"width": 8, "length": 12, "vocab_size": 560}
+    settings = {"image_size": 16, "image_encoder": image_encoder, "text_encoder": text, "embedding_dim": 8, **changes}
+    return DamsmConfig.model_validate(settings)
+
+
+def attn_gan_config(**changes: Any) -> AttnGanConfig:
+    noise = {"latent_dim": 8, "condition_dim": 6, "kl_weight": 0.1}
+    shape = {"channels": 4, "discriminator_channels": 4, "largest": 8, "residual_blocks": 1}
+    settings = {"image_size": 16, "stages": 2, "damsm": "given", "damsm_dim": 8, **noise, **shape, **changes}
+    return AttnGanConfig.model_validate(settings)
+
+
 def batch(size: int = 4, first_seed: int = 0, image_size: int = 16, step: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(first_seed)
     return {
@@ -103,6 +118,13 @@ def write_clip(folder: Path, inputs: Path, seed: int = 0, **changes: Any) -> Pat
         clip.finish([with_tokens(batch(32, first_seed=seed), inputs)])
     folder.mkdir(parents=True)
     clip.export(folder)
+    return folder
+
+
+def write_damsm(folder: Path, inputs: Path) -> Path:
+    """The export of an untrained DAMSM."""
+    torch.manual_seed(0)
+    build_objective(damsm_config(), inputs).export(folder)
     return folder
 
 

@@ -219,6 +219,24 @@ def test_a_text_encoder_is_registered_and_embeds(root, tmp_path):
     np.testing.assert_allclose(np.stack(found["embedding"]), clip.embed_texts(texts).numpy(), atol=1e-6)
 
 
+def test_a_damsm_is_registered_and_reads(root, tmp_path):
+    import mlflow
+    import pandas as pd
+
+    from genmodels.gan.attention.frozen import FrozenDamsm
+    from tests.genmodels import tiny
+
+    tiny.write_damsm(tmp_path / "damsm", tiny.write_inputs(tmp_path))
+    run_id = tracking.start_run(None, "tests", "damsm")
+    reference = registry.register_export(None, run_id, tmp_path / "damsm", "damsm", {"layout": "own"}, "", {})
+    assert export_kind(registry.resolve_model(reference)) == "damsm"
+    mlflow.set_tracking_uri(tracking.tracking_uri())
+    texts, damsm = ["a red seven", "a blue one"], FrozenDamsm.from_folder(tmp_path / "damsm")
+    found = mlflow.pyfunc.load_model(reference).predict(pd.DataFrame({"text": texts}))
+    expected = damsm.read_texts(damsm.tokens(texts)).sentence.numpy()
+    np.testing.assert_allclose(np.stack(found["embedding"]), expected, atol=1e-6)
+
+
 def test_model_card_tells_figures_and_how_to_open():
     card = model_card("tiny", {**FACTS, "layout": "Stable Diffusion", "resolution": 8})
     assert "| consistency | 0.9 |" in card and "| a\\|b | 1 |" in card

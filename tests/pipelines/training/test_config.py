@@ -108,7 +108,7 @@ def test_a_foreign_key_names_what_is_allowed():
         (
             "objective.kind=gam",
             "objective.kind: there is no gam; allowed: 'autoencoder', 'clip', 'latent_diffusion', 'diffusion_prior', "
-            "'autoregressive_prior', 'gan', 'pix2pix', 'cycle_gan', 'side_by_side'",
+            "'autoregressive_prior', 'gan', 'pix2pix', 'cycle_gan', 'damsm', 'attn_gan', 'side_by_side'",
         ),
         (
             "objective={kind: side_by_side, members: {a: {kind: autoencoder, chanels: [64]}}}",

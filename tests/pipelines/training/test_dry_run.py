@@ -59,8 +59,9 @@ def test_a_dry_run_tells_the_sizes_of_what_is_built(root, capsys):
     assert not (root / "root" / "dry").exists(), "a dry run begins nothing"
 
 
-def test_a_gan_is_told_by_network_and_opened_by_nobody_else(root, capsys):
-    facts = describe(load_config("gan_demo", []))
+@pytest.mark.parametrize("preset", ["gan_demo", "attn_gan_demo"])
+def test_a_gan_is_told_by_network_and_opened_by_nobody_else(root, capsys, preset):
+    facts = describe(load_config(preset, []))
     assert facts["layout"] == "our own: only generate.py opens it"
     shown = capsys.readouterr().out
     assert "discriminator" in shown and "generator" in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,17 @@ BATCH = 4
 
 def small_batches(preset: str) -> TrainConfig:
     smaller = [f"data.global_batch_size={BATCH}", "workers.count=1", "engine.kind=torch"]
-    return load_config(preset, [*smaller, "data.micro_batch=2"])
+    whole = preset in ("damsm_demo", "attn_gan_demo")  # whose losses compare the samples of a batch
+    return load_config(preset, [*smaller, f"data.micro_batch={BATCH if whole else 2}"])
 
 
 def inputs_of(config: TrainConfig, folder: Path) -> Path:
-    """What the run would collect first, untrained: an autoencoder, a CLIP, a text encoder, and a tokenizer."""
+    """What the run would collect first, untrained: an autoencoder, a CLIP, a DAMSM, a text encoder, and a tokenizer."""
     objective: Any = config.objective
+    if (damsm := getattr(objective, "damsm", None)) is not None:
+        trained = load_config(damsm.removeprefix("preset:"), [])
+        build_objective(trained.objective, inputs_of(trained, folder / "for damsm")).export(folder / "damsm")
+        shutil.copytree(folder / "damsm" / "tokenizer", folder / "tokenizer")
     if (named := clip_reference(objective)) is not None:
         trained = load_config(named[1].removeprefix("preset:"), [])
         pair: Any = build_objective(trained.objective, inputs_of(trained, folder / "for clip"))
@@ -56,7 +62,7 @@ def inputs_of(config: TrainConfig, folder: Path) -> Path:
         (folder / "text").mkdir(parents=True)
         build_objective(first.objective, inputs_of(first, folder / "text")).export(folder / "text")
         fetch_pretrained(str(folder / "text"), folder)
-    elif text is not None and text.kind == "trained":
+    elif text is not None and text.kind in ("trained", "recurrent"):
         tokenizer.save(tokenizer.train_tokenizer(CAPTIONS * 4, text.vocab_size, text.length), folder / "tokenizer")
     return folder
 

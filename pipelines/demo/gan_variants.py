@@ -35,7 +35,7 @@ from pipelines.training.config import load_config
 
 SIDE_BY_SIDE = ("gan_variants_losses", "gan_variants_networks")
 TRANSLATIONS = ("pix2pix_demo", "cycle_gan_demo")
-TEXT = ("damsm_demo", "attn_gan_demo")
+TEXT = ("damsm_variants", "attn_gan_variants")
 SCRIPT = "python pipelines/train_gan.py"
 LEAST = 0.5  # of the way from chance to the real data's figure: below it, a variant has not learnt
 _SHOWN = 10  # pictures of each variant in the grid
@@ -51,7 +51,7 @@ def run_variants(out: Path, overrides: list[str], count: int) -> dict[str, Any]:
     size = configs[SIDE_BY_SIDE[0]].objective.image_size
     written = [
         f"{root}/data/strokes-{size} --demo strokes --size {size}",
-        f"{root}/data/digits-32 --demo digits --size 32",
+        f"{root}/data/digits-{size} --demo digits --size {size}",
     ]
 
     def write_shards() -> None:

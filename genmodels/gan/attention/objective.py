@@ -5,14 +5,12 @@ Xu et al. 2018, eq. 3 to 6. The discriminators are trained as one network, and s
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genmodels import random
@@ -20,14 +18,14 @@ from genmodels.gan.attention.config import AttnGanConfig
 from genmodels.gan.attention.frozen import FrozenDamsm
 from genmodels.gan.attention.matching import Texts, first_row, of_all_ranks
 from genmodels.gan.attention.networks import Discriminators, Generator, Pictures, StageScores, divergence
-from genmodels.gan.layout import DISCRIMINATOR, GENERATOR, INDEX
+from genmodels.gan.export import read_networks, write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.blocks import halved
 from genmodels.gan.penalties import penalty
 from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
 from genmodels.random import derive_seeds
 from genmodels.text.tokenizer import save as save_tokenizer
-from genmodels.weights import copy_weights, forward_flops, required_folder
+from genmodels.weights import forward_flops, required_folder
 
 _PREVIEW_SEED = 1234
 _GAME = adversarial_loss("non_saturating")
@@ -148,21 +146,14 @@ class AttnGan(Objective):
 
     def export(self, folder: Path) -> dict[str, Any]:
         """Write both networks, the DAMSM and its tokenizer, for `AttnGanModel.from_folder`."""
-        folder.mkdir(exist_ok=True)
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            save_file({key: value.contiguous() for key, value in network.state_dict().items()}, folder / name)
+        facts = write_networks(folder, self.config, self.networks)
         self.damsm.save(folder / "damsm")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
-        (folder / INDEX).write_text(json.dumps({"config": self.config.model_dump()}, indent=2) + "\n")
-        parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in self.networks.items()}
-        return {"layout": "own", "parameters": parameters}
+        return facts
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        if not (folder / INDEX).is_file():
-            raise ValueError(f"init_from: {folder} is no export of a GAN (no {INDEX} there)")
-        for name, network in ((GENERATOR, self.generator), (DISCRIMINATOR, self.discriminator)):
-            copy_weights(load_file(folder / name), network, folder)
+        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from genmodels.gan.attention.config import AttnGanConfig
 from genmodels.gan.attention.frozen import FrozenDamsm
-from genmodels.gan.attention.layout import attends_to_words
 from genmodels.gan.attention.matching import Texts
 from genmodels.gan.attention.networks import Generator, Pictures
 from genmodels.gan.attention.objective import noises
-from genmodels.gan.layout import GENERATOR, INDEX
+from genmodels.gan.export import read_index, read_networks
 from genmodels.gan.pipeline import GanModel
 from genmodels.precision import autocast, resolve_precision
 from genmodels.random import derive_seeds
 from genmodels.text.tokenizer import SUFFIX
-from genmodels.weights import copy_weights
 
 
 class AttnGanModel(GanModel):
@@ -48,12 +44,10 @@ class AttnGanModel(GanModel):
     @staticmethod
     def from_folder(folder: Path, device: str = "cpu", precision: str = "fp32") -> AttnGanModel:
         """Open what `AttnGan.export` wrote. Raises ValueError where a part is missing or the precision unknown."""
-        if not (folder / INDEX).is_file() or not attends_to_words(folder):
-            raise ValueError(f"{folder} is no export of an AttnGAN (no {INDEX} of one there)")
-        config = AttnGanConfig.model_validate(json.loads((folder / INDEX).read_text())["config"])
+        config = AttnGanConfig.model_validate(read_index(folder)["config"])
         damsm = FrozenDamsm.from_folder(folder / "damsm").to(device)
         generator = Generator(config, damsm.embedding_dim)
-        copy_weights(load_file(folder / GENERATOR), generator, folder)
+        read_networks(folder, {"generator": generator})
         return AttnGanModel(config, generator.to(device), damsm, resolve_precision(precision, torch.device(device)))
 
     @torch.inference_mode()

@@ -69,7 +69,7 @@ def generate(arguments: argparse.Namespace) -> None:
     else:
         if arguments.prompts or arguments.file or arguments.negative:
             raise BadRequest(f"{arguments.model} was trained without captions: give --count or --seeds, and no prompts")
-        count = arguments.count or _UNCONDITIONAL_COUNT
+        count = arguments.count or (_UNCONDITIONAL_COUNT if getattr(model, "varies", True) else 1)
         drawn_seeds = seeds or [arguments.seed + i for i in range(count)]
     _check_seeds(drawn_seeds)
     settings |= _given(model, arguments.image, arguments.mask, len(drawn_seeds))

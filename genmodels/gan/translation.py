@@ -58,6 +58,11 @@ class TranslationModel:
         return self.config.image_size
 
     @property
+    def varies(self) -> bool:
+        """Whether pictures of one image differ by their seeds."""
+        return isinstance(self.config, Pix2PixConfig) and self.config.dropout > 0
+
+    @property
     def given_size(self) -> int:
         """Height and width of the given image."""
         return self.config.image_size

@@ -11,9 +11,10 @@ import yaml
 from pydantic import ValidationError
 
 from genmodels.diffusion.layout import image_condition, takes_prompts
+from genmodels.gan.layout import is_unpaired
 from infra import storage
 from infra.errors import BadRequest
-from infra.exports import export_kind, folder_digest
+from infra.exports import export_kind, folder_digest, is_gan
 from infra.mlflow_store import tracking_uri as absolute_tracking_uri
 from infra.registry import find_version, resolve_model
 from infra.storage import run_root
@@ -86,6 +87,10 @@ def _exported(name: str, folder: Path, opened: str, config: TrainConfig | None) 
     kind = export_kind(folder)
     if kind not in ("text_to_image", "autoencoder"):
         raise BadRequest(f"{name} is of kind {kind}: only diffusion models and autoencoders give pictures")
+    if is_gan(folder) and is_unpaired(folder):
+        raise BadRequest(
+            f"{name} is a CycleGAN, of two sets: it is judged by training's own evaluation (evaluation.every)"
+        )
     return Subject(
         name=name,
         kind=kind,

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infra.errors import main_exit
+from genmodels.families import build_objective
+from infra.errors import BadRequest, main_exit
 from pipelines import generate, generation
+from pipelines.evaluation.subject import find_subject
 
 UNET = {"kind": "unet", "channels": [8], "layers_per_block": 1, "head_dim": 8, "norm_groups": 4}
 TEXT = {"kind": "trained", "width": 8, "layers": 1, "heads": 1, "vocab_size": 520, "length": 12}
@@ -51,9 +53,17 @@ def inpainting(tmp_path_factory):
 def run(monkeypatch, capsys, tmp_path):
     """Runs the command; returns exit code, standard error and the summary."""
 
-    def command(*arguments: str, stdin: str = "") -> tuple[int, str, dict]:
+    def command(*arguments: str, stdin: str = "", steps: bool = True) -> tuple[int, str, dict]:
         summary = tmp_path / "summary.json"
-        options = ["--num-steps", "2", "--device", "cpu", "--out", str(tmp_path / "out"), "--summary", str(summary)]
+        options = [
+            *(["--num-steps", "2"] if steps else []),
+            "--device",
+            "cpu",
+            "--out",
+            str(tmp_path / "out"),
+            "--summary",
+            str(summary),
+        ]
         monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments), *options])
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
         code = 0
@@ -82,6 +92,25 @@ def test_a_hole_is_filled_in_and_all_else_stays(run, inpainting, tmp_path):
     one, two = pixels(summary, 0), pixels(summary, 1)
     assert (one[hole == 0] == given[hole == 0]).all() and (two[hole == 0] == given[hole == 0]).all()
     assert (one[hole > 0] != two[hole > 0]).any()
+
+
+def test_a_cycle_gan_goes_both_ways(run, unconditional, tmp_path):
+    from tests.genmodels import tiny
+
+    export = tmp_path / "export"
+    build_objective(tiny.cycle_config()).export(export)
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "a.png")
+    made = {}
+    for direction in ("ab", "ba"):
+        told = ["--model", export, "--image", tmp_path / "a.png", "--direction", direction]
+        code, _, summary = run(*told, steps=False)
+        assert code == 0 and summary["direction"] == direction and len(summary["pictures"]) == 1
+        made[direction] = pixels(summary, 0)
+    assert made["ab"].shape == (16, 16, 3) and (made["ab"] != made["ba"]).any()
+    code, error, _ = run("--model", unconditional, "--direction", "ba")
+    assert code == 2 and "--direction is of CycleGANs" in error
+    with pytest.raises(BadRequest, match="judged by training's own evaluation"):
+        find_subject(str(export), None)
 
 
 @pytest.mark.parametrize(

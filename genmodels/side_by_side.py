@@ -76,8 +76,14 @@ class SideBySide(Objective):
         }
 
     def prepare(self, batches: Sequence[Batch]) -> None:
-        for member in self.members.values():
-            member.prepare(batches)
+        """Each member prepares batches of its own, which its phases are given; what `once` computes, they share."""
+        for batch in batches:
+            batch.setdefault("once", {})
+        own = {name: [dict(batch) for batch in batches] for name in self.members}
+        for name, member in self.members.items():
+            member.prepare(own[name])
+            for batch, prepared in zip(batches, own[name], strict=True):
+                batch[_own(name)] = prepared
 
     def begin_validation(self) -> None:
         for member in self.members.values():
@@ -160,9 +166,14 @@ def _joined(member: str, network: str) -> str:
     return f"{member}-{network}"
 
 
+def _own(name: str) -> str:
+    """Where a batch has what a member prepared."""
+    return f"of member {name}"
+
+
 def _phase_of(name: str, phase: Phase) -> Phase:
     def loss(batch: Batch) -> PhaseLoss:
-        result = phase.loss(batch)
+        result = phase.loss(batch.get(_own(name), batch))
         return PhaseLoss(result.loss, _named(name, result.metrics))
 
     return replace(phase, network=_joined(name, phase.network), loss=loss)

@@ -38,7 +38,7 @@ class CycleGan(Objective):
         self.networks: dict[str, nn.Module] = {"discriminator": self.discriminator, "generator": self.generator}
         self.frozen: dict[str, nn.Module] = {}
         self.game = adversarial_loss(config.loss)
-        self.pools = {name: ImagePool(config.pool_size) for name in ("a", "b")}
+        self.pools = {name: ImagePool(config.pool_size, name) for name in ("a", "b")}
         self.phases = [Phase("discriminator", self.discriminator_loss), Phase("generator", self.generator_loss)]
 
     @staticmethod

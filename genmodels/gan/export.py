@@ -39,6 +39,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 def read_networks(folder: Path, networks: dict[str, nn.Module]) -> None:
     """Copy an export's weights into networks of these names. Raises ValueError where there is none, or it does not
     fit."""
-    read_index(folder)
+    if not (folder / INDEX).is_file():
+        raise ValueError(f"init_from: {folder} is no export of a GAN (no {INDEX} there)")
     for name, network in networks.items():
+        if not (folder / _FILES[name]).is_file():
+            raise ValueError(f"{folder} is no whole export of a GAN (no {_FILES[name]} there)")
         copy_weights(load_file(folder / _FILES[name]), network, folder)

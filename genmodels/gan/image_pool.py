@@ -15,14 +15,15 @@ from genmodels.random import uniform
 class ImagePool:
     """Equal on all ranks, since each gives it the whole global batch; what it does follows from the samples' seeds."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size: int, name: str = "") -> None:
+        self.size, self.name = size, name
         self.images: list[Tensor] = []
 
     def exchange(self, images: Tensor, seeds: Tensor, weight: Tensor) -> Tensor:
         """What is shown in place of `images` (batch, 3, height, width), in order: half of them are kept here and an
         older one is shown; all are shown, and kept, until the pool is full. Those of weight 0 are not kept."""
-        chances = uniform(seeds, (2,), "image pool").tolist()
+        self.images = [kept.to(images) for kept in self.images]  # a checkpoint's are on the CPU
+        chances = uniform(seeds, (2,), f"image pool {self.name}").tolist()
         shown = list(images)
         for row, (image, (chance, place), good) in enumerate(zip(images, chances, weight.tolist(), strict=True)):
             if not good:
@@ -31,7 +32,7 @@ class ImagePool:
                 self.images.append(image.clone())
             elif self.size and chance < 0.5:
                 number = int(place * self.size)
-                shown[row], self.images[number] = self.images[number].to(image), image.clone()
+                shown[row], self.images[number] = self.images[number], image.clone()
         return torch.stack(shown)
 
     def tensors(self, name: str) -> dict[str, Tensor]:

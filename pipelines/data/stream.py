@@ -29,6 +29,7 @@ _TASK_SAMPLES = 256  # a read task costs about 10 ms to start: it should be smal
 _SEGMENT_TASKS = 2000
 _READ_AHEAD_TASKS = 8  # about how many tasks' output may wait for the consumer
 _POLL_SECONDS = 0.2
+_making_dataset = threading.Lock()  # Ray's current DataContext is one for all threads
 
 
 def _task_ranges(order: DataOrder, world_size: int, start: int, end: int) -> Iterator[tuple[int, int]]:
@@ -82,7 +83,9 @@ class _Segment(threading.Thread):
     def _batches(self) -> Generator[RankBatch, None, None]:
         stream = self._stream
         size = stream.order.rank_batch_size(stream.world_size)
-        blocks = iter(_dataset(stream, self._ranges).iter_batches(batch_size=None, batch_format="pyarrow"))
+        with _making_dataset:
+            dataset = _dataset(stream, self._ranges)
+        blocks = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
         rest: pa.Table | None = None
         try:
             for block in blocks:  # Ray Data may join or split the tables that a task gave

@@ -75,8 +75,9 @@ def _resources() -> dict[str, float]:
 def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
     """Raises BadRequest where the workers do not fit beside their data tasks."""
     workers = config.workers
-    # A data task for each worker: with fewer, one worker's tasks can hold the CPUs that another one waits for.
-    needed = workers.count * (workers.cpus + min(1.0, config.data.read_cpus))
+    # A data task for each worker and set: with fewer, one's tasks can hold the CPUs that another one waits for.
+    sets = 1 if config.data.other_url is None else 2
+    needed = workers.count * (workers.cpus + min(float(sets), config.data.read_cpus))
     if needed > resources["CPU"]:
         raise BadRequest(
             f"workers.count={workers.count}, workers.cpus={workers.cpus:g} and a data task each need {needed:g} CPUs, "

@@ -104,7 +104,7 @@ class DataConfig(Section):
     caption: str | None = Field("txt", description="shard member with the caption: txt, or json:KEY; null: images only")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
-    prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead")
+    prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead, of each set")
 
     _paths_are_absolute = field_validator("url", "validation_url", "other_url", "other_validation_url")(absolute_url)
 
@@ -281,7 +281,8 @@ class TrainConfig(Section):
             if (data.validation_url is None) != (data.other_validation_url is None):
                 wrong.append("data.validation_url and data.other_validation_url go together: a set held out of each")
         elif data.other_url or data.other_validation_url:
-            wrong.append(f"data.other_url is of cycle_gan: objective.kind={self.objective.kind} learns from one set")
+            given = "other_url" if data.other_url else "other_validation_url"
+            wrong.append(f"data.{given} is of cycle_gan: objective.kind={self.objective.kind} learns from one set")
         if data.caption is None and getattr(self.objective, "conditional", False):
             wrong.append("data.caption is null, and this objective learns from captions: name their shard member (txt)")
         for name, member in members_of(self.objective).items():

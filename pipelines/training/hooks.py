@@ -14,6 +14,7 @@ from genmodels.features.extractor import FeatureExtractor
 from genmodels.objective import Drawing, Mean
 from infra.tracking import RunLogger
 from pipelines.data.batch import RankBatch
+from pipelines.data.fixed import read_fixed
 from pipelines.data.quarantine import DataFailure, Quarantine
 from pipelines.data.spec import SampleSpec
 from pipelines.pictures import grid_png
@@ -153,7 +154,7 @@ class RunHooks:
             part = (self.config.rank_micro_batch, self.rank, self.world_size)
             self._drawn = DrawnPictures(
                 self._extractor,
-                map(_last, self.data.fixed("held_out", self.spec, asked.reference_count, *part)),
+                read_fixed(self.data.drawn_like, self.spec, asked.reference_count, *part),
                 self._fixed_batches("held_out", asked.count, *part),
                 Drawing(asked.num_steps, asked.guidance_scale, asked.sampler),
                 self.config.objective.image_size,
@@ -256,11 +257,6 @@ class RunHooks:
         commit_snapshot(self.folder.checkpoints, trainer.snapshot(step, facts))
         if self.rank == 0:
             prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
-
-
-def _last(batch: RankBatch) -> RankBatch:
-    """What pictures should look like: samples of the second set, where there are two."""
-    return parts(batch)[-1][1]
 
 
 def measured_how(config: TrainConfig) -> dict[str, Any]:

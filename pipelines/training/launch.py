@@ -21,6 +21,7 @@ from infra.errors import BadRequest, RunFailed
 from pipelines.data.fixed import fixed_batches
 from pipelines.data.order import DataOrder
 from pipelines.data.prepare import digits_complete, write_digits
+from pipelines.data.quarantine import allowed_bad
 from pipelines.training import checkpoint as checkpoints
 from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
@@ -33,7 +34,7 @@ from pipelines.training.run_folder import RunFolder, root_of
 from pipelines.training.trainer import check_phases
 
 _SHARD_SAMPLES = 1000
-_READ_FIRST = 8  # samples that are tried before any worker starts
+_READ_FIRST, _READ_MORE = 8, 256  # samples that are tried before any worker starts
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
@@ -148,7 +149,10 @@ def _check_samples(config: TrainConfig, folder: RunFolder, data: RunData) -> Non
         if index is None or config.data.max_bad_share == 1:
             continue
         (batch,) = fixed_batches(index, spec, _READ_FIRST, _READ_FIRST)
-        if all(batch["reasons"]):
+        if all(batch["reasons"]):  # of many, so that neither chance nor one damaged shard decides
+            (batch,) = fixed_batches(index, spec, _READ_MORE, _READ_MORE)
+        count = len(batch["reasons"])
+        if all(batch["reasons"]) and allowed_bad(config.data.max_bad_share, count, chunk_samples=0) < count:
             raise BadRequest(
                 f"{key}: none of {len(batch['reasons'])} samples can be used, the first being {batch['keys'][0]}: "
                 f"{batch['reasons'][0]}"

@@ -58,6 +58,13 @@ class RunData:
             told |= {f"other {name}": value for name, value in own.items()}
         return told
 
+    @property
+    def drawn_like(self) -> DatasetIndex:
+        """The held-out images that drawn ones should be like: of the second set, where there are two."""
+        held_out = self.other_validation or self.validation
+        assert held_out is not None
+        return held_out
+
     def orders(self, config: TrainConfig) -> list[DataOrder]:
         """The order of the samples of data.url, and that of data.other_url where there is one."""
         data, seed = config.data, config.run.seed

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from genmodels.drawing import open_drawing_model
-from genmodels.families import build_objective
+from genmodels.families import SideBySideConfig, build_objective
 from genmodels.gan.cycle import CycleGan
 from genmodels.gan.image_pool import ImagePool
 from genmodels.gan.networks.translation import Pair
 from genmodels.gan.translation import TranslationModel
 from genmodels.objective import Batch, Drawing
+from genmodels.side_by_side import SideBySide
 from tests.genmodels import tiny
 
 
@@ -96,6 +97,24 @@ def test_the_pool_shows_older_images_half_of_the_time() -> None:
     assert copy.exchange(images[:9], seeds[:9], weight[:9]).equal(pool.exchange(images[:9], seeds[:9], weight[:9]))
     none = ImagePool(0)
     assert none.exchange(images[:9], seeds[:9], weight[:9]).equal(images[:9]) and none.tensors("pool") == {}
+
+
+def test_side_by_side_each_is_shown_what_it_made_itself() -> None:
+    alone = make(), make(cycle_weight=1.0)
+    with torch.no_grad():
+        alone[1].generator.get_parameter("ab.layers.0.weight").mul_(2)
+    members = {"one": alone[0].config, "two": alone[1].config}
+    together = SideBySide(SideBySideConfig(members=members), {"one": alone[0], "two": alone[1]})
+    batch, expected = tiny.unpaired(), []
+    with torch.no_grad():
+        for member in alone:
+            own = tiny.unpaired()
+            member.prepare([own])
+            expected += [phase.loss(own).loss for phase in member.phases]
+            member.pools = {name: ImagePool(20, name) for name in member.pools}
+        together.prepare([batch])
+        found = [phase.loss(batch).loss for phase in together.phases]
+    assert found == expected and expected[0] != expected[2]
 
 
 def _sets(size: int, first: int) -> Batch:

@@ -55,7 +55,6 @@ def training_config(
         "run": {"name": "small", "steps": 100},
         "data": {
             "url": "/nowhere",
-            **({"other_url": "/elsewhere"} if unpaired else {}),
             "global_batch_size": GLOBAL_BATCH,
             "micro_batch": share // 2,
             "lanes": 4,

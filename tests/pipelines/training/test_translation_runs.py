@@ -99,7 +99,7 @@ def test_pix2pix_trains_on_pairs_and_is_drawn_from_the_registry(train: Train, pa
 
 def test_pairs_without_the_named_member_are_refused_with_its_name(train: Train, pairs: str) -> None:
     other = {**PIX2PIX, "image_condition": {"kind": "member", "member": "edges.png"}}
-    with pytest.raises(BadRequest, match=r"data\.url: none of 8 samples can be used, .*edges\.png: missing"):
+    with pytest.raises(BadRequest, match=r"data\.url: none of 96 samples can be used, .*edges\.png: missing"):
         train("run.name=sideless", f"data.url={pairs}", "data.caption=null", *LENGTH, _objective(other))
 
 

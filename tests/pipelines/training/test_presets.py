@@ -83,6 +83,10 @@ def random_batch(config: TrainConfig, inputs: Path) -> RankBatch:
         batch["image_embeddings"] = torch.nn.functional.normalize(torch.rand(BATCH, clip_sizes(inputs / "clip")[1]))
     if (inputs / "tokenizer").is_dir():
         batch["token_ids"] = tokenizer.encode(tokenizer.load(inputs / "tokenizer"), captions)
+    if getattr(config.objective, "image_condition", None) is not None:
+        batch["condition_images"] = batch["images"].flip(0)
+    if getattr(config.objective, "unpaired", False):
+        batch["other"] = {**batch, "images": batch["images"].flip(0)}
     return batch
 
 

@@ -11,6 +11,13 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def check_groups(channels: list[int], norm_groups: int) -> None:
+    """Raise ValueError where the groups of a normalisation do not divide the features."""
+    for count in channels:
+        if count % norm_groups:
+            raise ValueError(f"channels {count} is not a multiple of norm_groups {norm_groups}")
+
+
 class Attention(Section):
     """A section whose attention heads divide the features of a token."""
 

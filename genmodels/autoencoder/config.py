@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Section
+from genmodels.config import Section, check_groups
 
 
 class DiscriminatorConfig(Section):
@@ -61,9 +61,7 @@ class AutoencoderConfig(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> AutoencoderConfig:
-        for channels in self.channels:
-            if channels % self.norm_groups:
-                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+        check_groups(self.channels, self.norm_groups)
         if self.image_size % self.factor:
             raise ValueError(f"image_size {self.image_size} is not a multiple of {self.factor} (from channels)")
         return self

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Attention, Section
+from genmodels.config import Attention, Section, check_groups
 from genmodels.text.config import TrainedTextEncoder
 
 
@@ -19,9 +19,7 @@ class ConvolutionalImageEncoder(Section):
 
     @model_validator(mode="after")
     def _groups_divide(self) -> ConvolutionalImageEncoder:
-        for channels in self.channels:
-            if channels % self.norm_groups:
-                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+        check_groups(self.channels, self.norm_groups)
         return self
 
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Attention, Section
+from genmodels.config import Attention, Section, check_groups
 from genmodels.text.config import TextEncoderConfig, TrainedTextEncoder
 
 ScheduleName = Literal["linear", "scaled_linear", "cosine", "flow", "edm"]
@@ -54,9 +54,8 @@ class UNetConfig(Section):
             raise ValueError(f"layers_per_block has {len(layers)} entries, channels has {len(self.channels)}")
         if min(layers if isinstance(layers, list) else [layers]) < 1:
             raise ValueError("layers_per_block must be 1 or more")
+        check_groups(self.channels, self.norm_groups)
         for channels, attends in zip(self.channels, self.attention):
-            if channels % self.norm_groups:
-                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
             if attends:
                 self._check_heads(channels)
         if self.middle_attention:

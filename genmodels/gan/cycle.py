@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.autoencoder.network import PatchDiscriminator
-from genmodels.gan.export import read_networks, write_networks
+from genmodels.gan.base import TranslationObjective
+from genmodels.gan.export import write_networks
 from genmodels.gan.image_pool import ImagePool
-from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.translation import Pair, ResNetTranslator
 from genmodels.gan.ranks import global_batch
 from genmodels.gan.translation_config import CycleGanConfig
-from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.objective import Batch, Drawing, Mean, PhaseLoss, Preview
 from genmodels.weights import forward_flops
 
 
-class CycleGan(Objective):
+class CycleGan(TranslationObjective):
     """Networks "discriminator", of `a` and `b`, and "generator", of `ab` (from A to B) and `ba`, each a pair.
 
     A sample of A and one of B share a row of the batch and nothing else; where either is quarantined, the row counts
@@ -33,24 +33,14 @@ class CycleGan(Objective):
     """
 
     def __init__(self, config: CycleGanConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.discriminator, self.generator = build_discriminators(config), build_generators(config)
-        self.networks: dict[str, nn.Module] = {"discriminator": self.discriminator, "generator": self.generator}
-        self.frozen: dict[str, nn.Module] = {}
-        self.game = adversarial_loss(config.loss)
         self.pools = {name: ImagePool(config.pool_size, name) for name in ("a", "b")}
-        self.phases = [Phase("discriminator", self.discriminator_loss), Phase("generator", self.generator_loss)]
 
     @staticmethod
-    def from_config(config: CycleGanConfig, inputs: Path | None = None) -> CycleGan:
-        """Build from a configuration; nothing else is needed."""
-        return CycleGan(config)
-
-    @staticmethod
-    def abstract_networks(config: CycleGanConfig) -> dict[str, nn.Module]:
-        """The trained networks on the meta device, to count parameters."""
-        with torch.device("meta"):
-            return CycleGan(config).networks
+    def build(config: CycleGanConfig) -> tuple[nn.Module, nn.Module]:
+        """Discriminators of A and of B, and generators from A to B and back."""
+        return build_discriminators(config), build_generators(config)
 
     def prepare(self, batches: Sequence[Batch]) -> None:
         """What the discriminators are shown as made in this step: new images, or such of earlier steps."""
@@ -125,10 +115,6 @@ class CycleGan(Objective):
     def export(self, folder: Path) -> dict[str, Any]:
         """Write all four networks, for `TranslationModel.from_folder`."""
         return write_networks(folder, self.config, self.networks, image_condition={"kind": "member"})
-
-    def load_weights(self, folder: Path) -> None:
-        """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass of one image of each set through all networks."""

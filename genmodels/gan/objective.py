@@ -22,14 +22,15 @@ from genmodels import random
 from genmodels.clip.frozen import FrozenClip
 from genmodels.gan.adaptive import AugmentationState
 from genmodels.gan.augment import augmented
+from genmodels.gan.base import AdversarialObjective
 from genmodels.gan.build import build_discriminator, build_generator
 from genmodels.gan.config import AdaptiveAugment, GanConfig
-from genmodels.gan.export import read_networks, write_networks
+from genmodels.gan.export import write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.blocks import BatchNorm, Scores
 from genmodels.gan.penalties import penalty
 from genmodels.gan.ranks import global_batch
-from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
+from genmodels.objective import Batch, Drawing, Mean, Phase, PhaseLoss, Preview, once
 from genmodels.random import derive_seeds
 from genmodels.text.encoder import TextEncoder, open_text_encoder, pooled_text
 from genmodels.text.tokenizer import load as load_tokenizer
@@ -40,7 +41,7 @@ _PREVIEW_SEED = 1234
 _LEAST_APART = 0.02  # mean difference of two pictures, below which they count as alike
 
 
-class Gan(Objective):
+class Gan(AdversarialObjective):
     """Networks "discriminator" and "generator", a phase each.
 
     All randomness comes from `batch["seeds"]`: latents, noise, augmentation. The objective's own state is that of
@@ -56,10 +57,8 @@ class Gan(Objective):
         tokenizer: CLIPTokenizer | None = None,
         clip: FrozenClip | None = None,
     ) -> None:
+        super().__init__(discriminator, generator)
         self.config, self.tokenizer = config, tokenizer
-        self.discriminator, self.generator = discriminator, generator
-        self.networks: dict[str, nn.Module] = {"discriminator": discriminator, "generator": generator}
-        self.frozen: dict[str, nn.Module] = {}
         if text_encoder is not None:
             self.frozen["text_encoder"] = text_encoder.eval().requires_grad_(False)
         if clip is not None:
@@ -289,10 +288,6 @@ class Gan(Objective):
         if self.tokenizer is not None:
             save_tokenizer(self.tokenizer, folder / "tokenizer")
         return facts
-
-    def load_weights(self, folder: Path) -> None:
-        """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""

@@ -14,38 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from genmodels.autoencoder.network import PatchDiscriminator
-from genmodels.gan.export import read_networks, write_networks
-from genmodels.gan.losses import adversarial_loss
+from genmodels.gan.base import TranslationObjective
+from genmodels.gan.export import write_networks
 from genmodels.gan.networks.translation import UNetTranslator
 from genmodels.gan.translation_config import Pix2PixConfig
 from genmodels.metrics.image import psnr
-from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview
+from genmodels.objective import Batch, Drawing, Mean, PhaseLoss, Preview
 from genmodels.random import derive_seeds
 from genmodels.weights import forward_flops
 
 
-class Pix2Pix(Objective):
+class Pix2Pix(TranslationObjective):
     """Networks "discriminator", which sees the given image and the other, and "generator", which makes the other."""
 
     def __init__(self, config: Pix2PixConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.discriminator = build_patches(config)
-        self.generator = build_translator(config)
-        self.networks: dict[str, nn.Module] = {"discriminator": self.discriminator, "generator": self.generator}
-        self.frozen: dict[str, nn.Module] = {}
-        self.game = adversarial_loss(config.loss)
-        self.phases = [Phase("discriminator", self.discriminator_loss), Phase("generator", self.generator_loss)]
 
     @staticmethod
-    def from_config(config: Pix2PixConfig, inputs: Path | None = None) -> Pix2Pix:
-        """Build from a configuration; nothing else is needed."""
-        return Pix2Pix(config)
-
-    @staticmethod
-    def abstract_networks(config: Pix2PixConfig) -> dict[str, nn.Module]:
-        """The trained networks on the meta device, to count parameters."""
-        with torch.device("meta"):
-            return Pix2Pix(config).networks
+    def build(config: Pix2PixConfig) -> tuple[nn.Module, nn.Module]:
+        """The discriminator of both images together, and the generator."""
+        return build_patches(config), build_translator(config)
 
     def translate(self, batch: Batch, purpose: str) -> Tensor:
         """What is made of the given images, (batch, 3, height, width) in [-1, 1]."""
@@ -96,10 +85,6 @@ class Pix2Pix(Objective):
         """Write both networks, for `TranslationModel.from_folder`."""
         told = json.loads(self.config.image_condition.model_dump_json())
         return write_networks(folder, self.config, self.networks, image_condition=told)
-
-    def load_weights(self, folder: Path) -> None:
-        """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""

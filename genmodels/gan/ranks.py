@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 from torch import Tensor
 
 
@@ -17,3 +18,13 @@ def global_batch(own: Tensor) -> tuple[Tensor, int]:
     parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, own.contiguous())
     return torch.cat(parts), dist.get_rank() * len(own)
+
+
+def differentiable_global_batch(own: Tensor) -> Tensor:
+    """The values that `global_batch` gives; gradients reach each rank's own. Collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return own
+    rank, count = dist.get_rank(), len(own)
+    before, after = rank * count, (dist.get_world_size() - 1 - rank) * count
+    zeros = [own.new_zeros(rows, *own.shape[1:]) for rows in (before, after)]
+    return collectives.all_reduce(torch.cat([zeros[0], own, zeros[1]]))

@@ -6,7 +6,6 @@ python pipelines/demo/gan.py --out out/demo-gan.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -23,7 +22,7 @@ from rich.table import Table
 
 from infra.errors import BadRequest, main_exit
 from infra.storage import run_root
-from pipelines.demo.evaluation import kept_out_prompts
+from pipelines.demo.command import parse
 from pipelines.demo.run import EVALUATION, Stages, check_overrides, prepare
 from pipelines.training.config import load_config
 
@@ -140,23 +139,13 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo-gan.json"), help="[%(default)s]")
-    parser.add_argument("--count", type=int, default=1000, help="pictures that are judged, a multiple of 20 [1000]")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="of the GAN's training")
-    arguments = parser.parse_args()
-    out = arguments.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept_out_prompts(arguments.count)
-    except ValueError as error:
-        raise BadRequest(f"--count: {error}") from None
-    summary = run_gan(out, arguments.overrides, arguments.count)
+    arguments = parse(__doc__, "demo-gan", 1000, "of the GAN's training")
+    summary = run_gan(arguments.out, arguments.overrides, arguments.count)
     show(summary)
     print(
         f"\n── done in {summary['seconds']:.0f} s\n   pictures   {summary['grid']}\n"
         f"   between    {summary['interpolation']}\n   truncation {summary['truncation']}\n"
-        f"   model      {summary['model_uri']}\n   figures    {out}\n"
+        f"   model      {summary['model_uri']}\n   figures    {arguments.out}\n"
         f'   draw more  python pipelines/generate.py --model {summary["model_uri"]} "a blue 3 on yellow paper"'
     )
 

@@ -6,7 +6,6 @@ python pipelines/demo/gan_variants.py --out out/demo-gan-variants.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
@@ -23,10 +22,11 @@ from rich.console import Console
 from rich.table import Table
 
 from genmodels.families import members_of
-from infra.errors import BadRequest, main_exit
+from infra.errors import main_exit
 from infra.storage import run_root
+from pipelines.demo.command import parse
 from pipelines.demo.digits import WORDS
-from pipelines.demo.evaluation import evaluate_digits, kept_out_prompts, mean_coverage
+from pipelines.demo.evaluation import evaluate_digits, mean_coverage
 from pipelines.demo.judge import Judge, average_to, find_strokes
 from pipelines.demo.run import Stages, check_overrides, prepare
 from pipelines.demo.strokes import digits_of, draw_strokes, labelled, stroke_overlap
@@ -253,22 +253,10 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo-gan-variants.json"), help="[%(default)s]")
-    parser.add_argument(
-        "--count", type=int, default=500, help="pictures of each that are judged, a multiple of 20 [500]"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for all trainings")
-    arguments = parser.parse_args()
-    out = arguments.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept_out_prompts(arguments.count)
-    except ValueError as error:
-        raise BadRequest(f"--count: {error}") from None
-    summary = run_variants(out, arguments.overrides, arguments.count)
+    arguments = parse(__doc__, "demo-gan-variants", 500, "for all trainings")
+    summary = run_variants(arguments.out, arguments.overrides, arguments.count)
     show(summary)
-    print(f"\n── done in {summary['seconds']:.0f} s\n   pictures   {summary['grid']}\n   figures    {out}")
+    print(f"\n── done in {summary['seconds']:.0f} s\n   pictures   {summary['grid']}\n   figures    {arguments.out}")
 
 
 if __name__ == "__main__":

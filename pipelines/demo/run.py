@@ -8,7 +8,6 @@ Each stage is a command of its own; this runs them one after the other in one pr
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import subprocess
@@ -24,7 +23,7 @@ sys.path.insert(0, str(SOURCES))
 
 from infra.errors import BadRequest, RunFailed, main_exit
 from infra.storage import run_root
-from pipelines.demo.evaluation import kept_out_prompts
+from pipelines.demo.command import parse
 from pipelines.training.config import TrainConfig, load_config
 
 EVALUATION = ["--num-steps", "10", "--guidance-scale", "2.0", "--sampler", "dpm_solver++"]
@@ -178,17 +177,7 @@ def evaluate(command: list[str], folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo.json"), help="figures as JSON [out/demo.json]")
-    parser.add_argument("--count", type=int, default=1000, help="pictures that are judged, a multiple of 20 [1000]")
-    parser.add_argument("overrides", nargs="*", metavar="dotted.key=value", help="for all three trainings")
-    arguments = parser.parse_args()
-    arguments.out = arguments.out.absolute()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept_out_prompts(arguments.count)
-    except ValueError as error:
-        raise BadRequest(f"--count: {error}") from None
+    arguments = parse(__doc__, "demo", 1000, "for all three trainings")
     summary = run_demo(arguments.out, arguments.overrides, arguments.count)
     print(
         f"\n── done in {summary['seconds']:.0f} s\n"

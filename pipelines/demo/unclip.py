@@ -6,7 +6,6 @@ python pipelines/demo/unclip.py --out out/demo-unclip.json
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -24,7 +23,7 @@ from rich.table import Table
 
 from infra.errors import BadRequest, main_exit
 from infra.storage import run_root
-from pipelines.demo.evaluation import kept_out_prompts
+from pipelines.demo.command import parse
 from pipelines.demo.run import Stages, forget_models, prepare
 from pipelines.training.config import TrainConfig
 from pipelines.unclip.config import load_stages
@@ -111,23 +110,13 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("out/demo-unclip.json"), help="[%(default)s]")
-    parser.add_argument("--count", type=int, default=500, help="pictures that are judged, a multiple of 20 [500]")
-    parser.add_argument("overrides", nargs="*", metavar="STAGE.dotted.key=value", help="of a stage's training")
-    arguments = parser.parse_args()
-    out = arguments.out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        kept_out_prompts(arguments.count)
-    except ValueError as error:
-        raise BadRequest(f"--count: {error}") from None
-    summary = run_unclip(out, arguments.overrides, arguments.count)
+    arguments = parse(__doc__, "demo-unclip", 500, "of a stage's training", "STAGE.dotted.key=value")
+    summary = run_unclip(arguments.out, arguments.overrides, arguments.count)
     show(summary)
     print(
         f"\n── done in {summary['seconds']:.0f} s\n   pictures   {summary['grid']}\n"
         f"   variations {summary['variations']}\n   between    {summary['interpolation']}\n"
-        f"   model      {summary['model_uri']}\n   figures    {out}\n"
+        f"   model      {summary['model_uri']}\n   figures    {arguments.out}\n"
         f'   draw more  python pipelines/generate.py --model {summary["model_uri"]} "a blue 3 on yellow paper"'
     )
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from genmodels.config import Section
+from genmodels.config import Section, check_groups
 from genmodels.gan.config import START, Penalties
 
 
@@ -33,9 +33,7 @@ class RegionEncoder(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> RegionEncoder:
-        for channels in self.channels:
-            if channels % self.norm_groups:
-                raise ValueError(f"channels {channels} is not a multiple of norm_groups {self.norm_groups}")
+        check_groups(self.channels, self.norm_groups)
         if self.regions_after > len(self.channels):
             raise ValueError(f"regions_after {self.regions_after}: there are {len(self.channels)} halvings (channels)")
         return self

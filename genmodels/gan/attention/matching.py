@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.distributed.nn.functional as collectives
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
+
+from genmodels.gan.ranks import differentiable_global_batch, global_batch
 
 
 class Features(NamedTuple):
@@ -87,13 +87,13 @@ def match(features: Features, texts: Texts, token_ids: Tensor, weight: Tensor, g
         features, texts = Features(*map(torch.Tensor.float, features)), _in_float32(texts)
         all_features, all_texts = _gather(features, texts)
         told = torch.cat([token_ids, (weight > 0).long()[:, None]], dim=1)
-        all_told = of_all_ranks(told)
+        all_told, first = global_batch(told)
         by_words = word_scores(features.regions, all_texts, gammas)
         alone = len(all_told) == len(told)
         back = by_words if alone else word_scores(all_features.regions, texts, gammas)
         by_sentence = sentence_scores(features.image, all_texts.sentence)
         pairs = [(by_words, back.T), (by_sentence, sentence_scores(all_features.image, texts.sentence).T)]
-        own = torch.arange(len(told), device=weight.device) + first_row(len(told))
+        own = torch.arange(len(told), device=weight.device) + first
         itself = torch.arange(len(all_told), device=weight.device) == own[:, None]
         same = (token_ids[:, None] == all_told[None, :, :-1]).all(2)
         out = (same | (all_told[:, -1] == 0)) & ~itself
@@ -106,30 +106,15 @@ def match(features: Features, texts: Texts, token_ids: Tensor, weight: Tensor, g
     return Matching(*losses, *right)  # type: ignore[arg-type]
 
 
-def of_all_ranks(own: Tensor) -> Tensor:
-    """What all ranks have, in the order of the global batch; gradients reach each rank's own. Collective."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return own
-    rank, count = dist.get_rank(), len(own)
-    before, after = rank * count, (dist.get_world_size() - 1 - rank) * count
-    zeros = [own.new_zeros(rows, *own.shape[1:]) for rows in (before, after)]
-    return collectives.all_reduce(torch.cat([zeros[0], own, zeros[1]]))
-
-
-def first_row(count: int) -> int:
-    """Where this rank's `count` samples begin in the global batch."""
-    return dist.get_rank() * count if dist.is_initialized() else 0
-
-
 def _gather(features: Features, texts: Texts) -> tuple[Features, Texts]:
     """Of the global batch, in one collective with gradients and one without."""
     parts = [*features, texts.words, texts.sentence]
-    whole = of_all_ranks(torch.cat([part.flatten(1) for part in parts], dim=1))
+    whole = differentiable_global_batch(torch.cat([part.flatten(1) for part in parts], dim=1))
     split = whole.split([part[0].numel() for part in parts], dim=1)
     regions, image, words, sentence = (
         value.unflatten(1, part.shape[1:]) for value, part in zip(split, parts, strict=True)
     )
-    return Features(regions, image), Texts(words, of_all_ranks(texts.mask.long()).bool(), sentence)
+    return Features(regions, image), Texts(words, global_batch(texts.mask.long())[0].bool(), sentence)
 
 
 def _negative_log_softmax(scores: Tensor, itself: Tensor, out: Tensor) -> Tensor:

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 from genmodels import random
 from genmodels.gan.attention.config import AttnGanConfig
 from genmodels.gan.attention.frozen import FrozenDamsm
-from genmodels.gan.attention.matching import Texts, first_row, of_all_ranks
+from genmodels.gan.attention.matching import Texts
 from genmodels.gan.attention.networks import Discriminators, Generator, Pictures, StageScores, divergence
-from genmodels.gan.export import read_networks, write_networks
+from genmodels.gan.base import AdversarialObjective
+from genmodels.gan.export import write_networks
 from genmodels.gan.losses import adversarial_loss
 from genmodels.gan.networks.blocks import halved
 from genmodels.gan.penalties import penalty
-from genmodels.objective import Batch, Drawing, Mean, Objective, Phase, PhaseLoss, Preview, once
+from genmodels.gan.ranks import global_batch
+from genmodels.objective import Batch, Drawing, Mean, Phase, PhaseLoss, Preview, once
 from genmodels.random import derive_seeds
 from genmodels.text.tokenizer import save as save_tokenizer
 from genmodels.weights import forward_flops, required_folder
@@ -31,15 +33,13 @@ _PREVIEW_SEED = 1234
 _GAME = adversarial_loss("non_saturating")
 
 
-class AttnGan(Objective):
+class AttnGan(AdversarialObjective):
     """Networks "discriminator", of all stages, and "generator", a phase each. All randomness is `batch["seeds"]`'s."""
 
     def __init__(self, config: AttnGanConfig, damsm: FrozenDamsm) -> None:
+        super().__init__(Discriminators(config, damsm.embedding_dim), Generator(config, damsm.embedding_dim))
         self.config, self.tokenizer = config, damsm.tokenizer
-        self.discriminator = Discriminators(config, damsm.embedding_dim)
-        self.generator = Generator(config, damsm.embedding_dim)
-        self.networks: dict[str, nn.Module] = {"discriminator": self.discriminator, "generator": self.generator}
-        self.frozen: dict[str, nn.Module] = {"damsm": damsm}
+        self.frozen["damsm"] = damsm
         self.phases = [
             Phase("discriminator", self.discriminator_loss, double_backward=config.penalties.any),
             Phase("generator", self.generator_loss, couples_samples=config.damsm_weight > 0),
@@ -72,7 +72,8 @@ class AttnGan(Objective):
         if not self.config.matching_aware:
             return
         sizes = [len(each) for each in own]
-        wrong = of_all_ranks(torch.cat(own)).roll(-1, 0)[first_row(sum(sizes)) :][: sum(sizes)]
+        everyone, first = global_batch(torch.cat(own))
+        wrong = everyone.roll(-1, 0)[first : first + sum(sizes)]
         for batch, part in zip(batches, wrong.split(sizes), strict=True):
             batch["wrong sentence"] = part
 
@@ -150,10 +151,6 @@ class AttnGan(Objective):
         self.damsm.save(folder / "damsm")
         save_tokenizer(self.tokenizer, folder / "tokenizer")
         return facts
-
-    def load_weights(self, folder: Path) -> None:
-        """Start from an export. Raises ValueError where there is none, or it does not fit."""
-        read_networks(folder, self.networks)
 
     def flops_per_sample(self) -> float:
         """Of one pass through both networks."""

@@ -35,6 +35,18 @@ def test_a_step_done_again_with_other_samples_keeps_the_earlier_record(tmp_path)
     assert {record["key"] for record in read_quarantine(str(tmp_path))} == {"a.tar/x", "a.tar/y"}
 
 
+def test_the_second_set_has_its_own_records_and_is_named_in_the_failure(tmp_path):
+    quarantine = Quarantine(str(tmp_path), 0, max_share=0, chunk_samples=8)
+    quarantine.add(["a.tar/x"], ["image: missing"], 3)
+    with pytest.raises(DataFailure, match=r"the last: shard a\.tar, key x: image"):
+        quarantine.check()
+    quarantine.add(["a.tar/x"], ["image: damaged"], 4, split="other train")
+    with pytest.raises(DataFailure, match=r"the last: shard a\.tar of the other set, key x: image: damaged"):
+        quarantine.check()
+    found = [(record["split"], record["key"]) for record in read_quarantine(str(tmp_path))]
+    assert found == [("train", "a.tar/x"), ("other train", "a.tar/x")]
+
+
 def test_samples_read_outside_the_steps_are_recorded_but_not_counted(tmp_path):
     quarantine = Quarantine(str(tmp_path), 1)
     quarantine.record(["v.tar/a", "v.tar/b"], ["", "image: missing"], split="held_out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -104,6 +105,25 @@ def make_trainer(objective: str, config: TrainConfig, inputs: Path, rank: int) -
     torch.manual_seed(0)
     made = TwoNetworks() if objective == "two networks" else build_objective(config.objective, inputs)
     return Trainer(config, made, torch.device("cpu"), rank)
+
+
+Logged = list[dict[str, float]]
+"""Figures of each step."""
+
+
+def assert_same_training(reference: Logged, found: Logged, label: Any, **tolerance: float) -> None:
+    """Losses of both networks and norms of gradients are equal at every step, to 1e-5 where nothing else is said."""
+    for step, (expected, got) in enumerate(zip(reference, found, strict=True)):
+        assert got.keys() == expected.keys()
+        for figure in {"loss", "generator_loss", "grad_norm"} & expected.keys():
+            close = pytest.approx(expected[figure], **({"abs": 1e-5, "rel": 1e-5} | tolerance))
+            assert got[figure] == close, (label, step, figure)
+
+
+def assert_something_was_learnt(reference: Logged) -> None:
+    """Else nothing would be compared."""
+    first, last = (sum(entry["loss"] for entry in part) for part in (reference[:5], reference[-5:]))
+    assert last != pytest.approx(first, rel=1e-3)
 
 
 def train_steps(

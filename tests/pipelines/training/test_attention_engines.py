@@ -13,7 +13,14 @@ from infra.errors import BadRequest
 from pipelines.training.inputs import place
 from pipelines.training.trainer import check_phases
 from tests.genmodels import tiny
-from tests.pipelines.training.small import GLOBAL_BATCH, make_trainer, train_steps, training_config
+from tests.pipelines.training.small import (
+    GLOBAL_BATCH,
+    assert_same_training,
+    assert_something_was_learnt,
+    make_trainer,
+    train_steps,
+    training_config,
+)
 from tests.pipelines.training.test_engines import ENGINES
 from tests.processes import on_ranks
 
@@ -58,14 +65,9 @@ def test_every_zero_stage_follows_plain_torch(inputs: Path) -> None:
     found = on_ranks(2, _train, inputs)[0]
     for name in MODELS:
         reference = found[name, "torch", 0]
-        first, last = (sum(entry["loss"] for entry in part) for part in (reference[:5], reference[-5:]))
-        assert last != pytest.approx(first, rel=1e-3), f"{name}: nothing was learnt, so nothing is compared"
-        for kind, stage in _engines(name)[1:]:
-            for step, (expected, got) in enumerate(zip(reference, found[name, kind, stage], strict=True)):
-                assert got.keys() == expected.keys()
-                for figure in {"loss", "generator_loss", "grad_norm"} & expected.keys():
-                    close = pytest.approx(expected[figure], abs=1e-5, rel=1e-5)
-                    assert got[figure] == close, (name, kind, stage, step, figure)
+        assert_something_was_learnt(reference)
+        for engine in _engines(name)[1:]:
+            assert_same_training(reference, found[(name, *engine)], (name, engine))
 
 
 def _at_world_size(rank: int, world_size: int, inputs: Path) -> dict[str, list[dict[str, float]]]:
@@ -80,9 +82,7 @@ def _at_world_size(rank: int, world_size: int, inputs: Path) -> dict[str, list[d
 def test_the_number_of_ranks_changes_nothing(inputs: Path) -> None:
     alone, pair = (on_ranks(world_size, _at_world_size, inputs)[0] for world_size in (1, 2))
     for name, expected in alone.items():
-        for one, two in zip(expected, pair[name], strict=True):
-            for figure in {"loss", "generator_loss", "grad_norm"} & one.keys():
-                assert two[figure] == pytest.approx(one[figure], abs=2e-5, rel=2e-4), (name, figure)
+        assert_same_training(expected, pair[name], name, abs=2e-5, rel=2e-4)
 
 
 def test_a_damsm_comes_with_its_tokenizer(inputs: Path, tmp_path: Path) -> None:

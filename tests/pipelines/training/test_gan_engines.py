@@ -11,7 +11,13 @@ import torch
 from pipelines.training.checkpoint import commit_snapshot, list_checkpoints, newest_verified
 from pipelines.training.trainer import check_phases
 from tests.genmodels import tiny
-from tests.pipelines.training.small import make_trainer, train_steps, training_config
+from tests.pipelines.training.small import (
+    assert_same_training,
+    assert_something_was_learnt,
+    make_trainer,
+    train_steps,
+    training_config,
+)
 from tests.pipelines.training.test_checkpoint import FACTS, assert_equal, everything
 from tests.pipelines.training.test_engines import ENGINES
 from tests.processes import on_ranks
@@ -83,14 +89,9 @@ def test_every_zero_stage_follows_plain_torch(inputs: Path) -> None:
     for name in MODELS:
         reference = found[name, "torch", 0]
         assert len(reference) == STEPS
-        first, last = (sum(entry["loss"] for entry in part) for part in (reference[:5], reference[-5:]))
-        assert last != pytest.approx(first, rel=1e-3), f"{name}: nothing was learnt, so nothing is compared"
-        for kind, stage in _engines(name)[1:]:
-            for step, (expected, got) in enumerate(zip(reference, found[name, kind, stage], strict=True)):
-                assert got.keys() == expected.keys()
-                for figure in {"loss", "generator_loss", "grad_norm"} & expected.keys():
-                    close = pytest.approx(expected[figure], abs=1e-5, rel=1e-5)
-                    assert got[figure] == close, (name, kind, stage, step, figure)
+        assert_something_was_learnt(reference)
+        for engine in _engines(name)[1:]:
+            assert_same_training(reference, found[(name, *engine)], (name, engine))
 
 
 def _at_world_size(rank: int, world_size: int, inputs: Path) -> dict[str, list[dict[str, float]]]:
@@ -106,9 +107,7 @@ def test_the_number_of_ranks_changes_nothing(inputs: Path) -> None:
     alone, *others = (on_ranks(world_size, _at_world_size, inputs)[0] for world_size in (1, 2, 4))
     for name, expected in alone.items():
         for other in others:
-            for one, two in zip(expected, other[name], strict=True):
-                for figure in {"loss", "generator_loss", "grad_norm"} & one.keys():
-                    assert two[figure] == pytest.approx(one[figure], abs=2e-5, rel=2e-4), (name, figure)
+            assert_same_training(expected, other[name], name, abs=2e-5, rel=2e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)

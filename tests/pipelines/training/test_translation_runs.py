@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ PIX2PIX = {
     "discriminator": {"channels": 4, "layers": 1},
     "image_condition": {"kind": "member", "member": "grey.png"},
 }
+CYCLE_STEPS, COMMIT = 36, 10  # whole epochs of both sets; the first commit is in the middle of one of each
 OTHER_SAMPLES = 64  # a whole number of rows of the order, as small_run.SAMPLES is, and another one
 
 
@@ -103,24 +106,34 @@ def test_pairs_without_the_named_member_are_refused_with_its_name(train: Train, 
         train("run.name=sideless", f"data.url={pairs}", "data.caption=null", *LENGTH, _objective(other))
 
 
-def test_cycle_gan_sees_each_set_exactly_once_an_epoch(train: Train, sets: tuple[str, str]) -> None:
+def _cycle(sets: tuple[str, str], *changes: str) -> tuple[str, ...]:
     first, second = sets
-    objective = tiny.cycle_config().model_dump(mode="json")
-    given = (
+    return (
         f"data.url={first}", f"data.validation_url={first}", f"data.other_url={second}",
-        f"data.other_validation_url={second}", "data.caption=null", "data.max_bad_share=0.2", *LENGTH,
-        _objective(objective), "run.name=cycle",
+        f"data.other_validation_url={second}", "data.caption=null", "data.max_bad_share=0.2", "engine.zero_stage=2",
+        f"run.steps={CYCLE_STEPS}", f"run.checkpoint_every={COMMIT}", "run.preview_samples=4",
+        _objective(tiny.cycle_config().model_dump(mode="json")), *changes,
     )  # fmt: skip
-    summary = train(*given, "engine.zero_stage=2", "tracking.register_as=cycle-test")
-    assert summary["outcome"] == "trained" and "val_cycle_a" in summary["figures"]
-    folder = RunFolder(summary["run_folder"])
-    seen = small_run.audit(folder, 0, STEPS)
-    sides = {
-        name: [entry for entry in seen if entry.get("set", "") == name] for name in ("", "other")
-    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cycled(train: Train, sets: tuple[str, str]) -> dict[str, Any]:
+    """The summary of a CycleGAN that nothing happened to, whose pictures were judged on the way."""
+    return train(*_cycle(
+        sets, "run.name=cycle", "tracking.register_as=cycle-test", f"evaluation.every={COMMIT}", "evaluation.count=48",
+        "evaluation.reference_count=96",
+        "evaluation.features={kind: classifier, path: pipelines/demo/digits_classifier}",
+    ))  # fmt: skip
+
+
+def test_cycle_gan_sees_each_set_exactly_once_an_epoch(cycled: dict[str, Any]) -> None:
+    assert cycled["outcome"] == "trained" and "val_cycle_a" in cycled["figures"]
+    folder = RunFolder(cycled["run_folder"])
+    seen = small_run.audit(folder, 0, CYCLE_STEPS)
+    sides = {name: [entry for entry in seen if entry.get("set", "") == name] for name in ("", "other")}
     for name, samples in (("", small_run.SAMPLES), ("other", OTHER_SAMPLES)):
         steps = samples // small_run.GLOBAL_BATCH
-        for start in range(0, STEPS - steps + 1, steps):
+        for start in range(0, CYCLE_STEPS - steps + 1, steps):
             counts = Counter(entry["key"] for entry in sides[name] if start <= entry["step"] < start + steps)
             assert set(counts.values()) == {1} and len(counts) == samples, (name, start)
     in_step = [{entry["key"] for entry in side if entry["step"] == 0} for side in sides.values()]
@@ -129,17 +142,59 @@ def test_cycle_gan_sees_each_set_exactly_once_an_epoch(train: Train, sets: tuple
         (record["split"], record["reason"].partition(":")[0]) for record in read_quarantine(folder.path("quarantine"))
     }
     assert bad == {("other train", "image"), ("other held_out", "image")}
-    assert summary["figures"]["bad_samples"] == STEPS // (OTHER_SAMPLES // small_run.GLOBAL_BATCH)
+    assert cycled["figures"]["bad_samples"] == CYCLE_STEPS // (OTHER_SAMPLES // small_run.GLOBAL_BATCH)
 
-    model = open_drawing_model(resolve_model(summary["model_uri"], summary["tracking_uri"]))
+
+def test_pictures_are_judged_on_the_way_where_held_out_sets_differ_in_size(cycled: dict[str, Any]) -> None:
+    measured = small_run.metric(RunFolder(cycled["run_folder"]), "val_frechet_distance")
+    assert [step for step, _ in measured] == [COMMIT, 2 * COMMIT, 3 * COMMIT, CYCLE_STEPS]
+    assert all(0 < distance < float("inf") for _, distance in measured)
+    assert measured[0][1] != measured[-1][1], "the generators changed between them"
+
+
+def test_a_run_of_two_sets_whose_worker_is_killed_ends_as_if_left_alone(
+    cycled: dict[str, Any], train: Train, sets: tuple[str, str], run_root: Path
+) -> None:
+    """With the same samples of both sets at each step, and the same pools of images."""
+    folder, alone = RunFolder(str(run_root / "cycle-killed")), RunFolder(cycled["run_folder"])
+    with ThreadPoolExecutor(1) as pool:
+        training = pool.submit(train, *_cycle(sets, "run.name=cycle-killed", "workers.max_failures=1"))
+
+        def past_the_commit() -> bool:
+            assert not training.done(), training.result()
+            return small_run.reached(folder, COMMIT + 3)
+
+        small_run.wait_until(past_the_commit, 120, "some steps after the first commit")
+        workers = small_run.train_workers(os.getpid())
+        assert len(workers) == 2
+        workers[-1].kill()
+        assert small_run.newest(folder).step == COMMIT, "the run was faster than the test: slow its steps down"
+        assert training.result(timeout=240)["outcome"] == "trained"
+    assert small_run.audit_starts(folder).count(COMMIT) == 2, "both workers resume from the commit"
+    small_run.assert_same_bits(*(small_run.state_at(each, CYCLE_STEPS) for each in (folder, alone)))
+
+    def samples(of: RunFolder) -> set[tuple[Any, ...]]:
+        return {
+            (entry["step"], entry.get("set", ""), entry["key"], entry["seed"], entry["pixels"])
+            for entry in small_run.audit(of, 0, CYCLE_STEPS)
+        }
+
+    assert samples(folder) == samples(alone)
+    assert len(samples(alone)) == 2 * CYCLE_STEPS * small_run.GLOBAL_BATCH
+
+
+def test_cycle_gan_draws_both_ways_and_refuses_other_shards(
+    cycled: dict[str, Any], train: Train, sets: tuple[str, str]
+) -> None:
+    model = open_drawing_model(resolve_model(cycled["model_uri"], cycled["tracking_uri"]))
     images = np.full((2, 16, 16, 3), 90, np.uint8)
     there, back = (model.draw(None, [1, 2], images=images, direction=way) for way in ("ab", "ba"))
     assert there.shape == back.shape == (2, 16, 16, 3) and (there != back).any()
 
-    shutil.rmtree(second)
-    _write(Path(second), OTHER_SAMPLES, lambda _, pixels: {"png": _png(255 - pixels)})
+    shutil.rmtree(sets[1])
+    _write(Path(sets[1]), OTHER_SAMPLES, lambda _, pixels: {"png": _png(255 - pixels)})
     with pytest.raises(BadRequest, match=r"the shards at data\.other_url changed since run 'cycle' began"):
-        train(*given, "run.steps=20")
+        train(*_cycle(sets, "run.name=cycle", "run.steps=60"))
 
 
 @pytest.mark.parametrize(

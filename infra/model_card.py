@@ -26,9 +26,11 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
         name: of the registered model.
         facts: `description`, `intended_use`, `license` (str); `captions` (examples, a list of str); `figures`
             (measured results), `data` and `training` (dicts of what to print); `layout` ("Stable Diffusion",
-            "AutoencoderKL", …). All optional; any other key is listed under "Further facts".
+            "AutoencoderKL", …), `told_an_image` (whether it makes pictures of images). All optional; any other key is
+            listed under "Further facts".
     """
     known = {"description", "intended_use", "license", "captions", "figures", "data", "training", "layout", "sampling"}
+    known |= {"told_an_image"}
     captions: Sequence[str] = facts.get("captions") or ()
     lines = [f"# {name}", "", str(facts.get("description") or "A generative model of images.")]
     lines += ["", "## Intended use", "", str(facts.get("intended_use") or _INTENDED_USE)]
@@ -46,10 +48,11 @@ def model_card(name: str, facts: Mapping[str, Any]) -> str:
     further = {key: value for key, value in facts.items() if key not in known}
     if further:
         lines += ["", "## Further facts", "", *_table(("fact", "value"), further)]
-    return "\n".join([*lines, "", "## How to open it", "", *_opening(name, str(facts.get("layout") or ""))]) + "\n"
+    return "\n".join([*lines, "", "## How to open it", "", *_opening(name, facts)]) + "\n"
 
 
-def _opening(name: str, layout: str) -> list[str]:
+def _opening(name: str, facts: Mapping[str, Any]) -> list[str]:
+    layout = str(facts.get("layout") or "")
     if layout in ("AutoencoderKL", "VQModel"):
         openers = [f"from diffusers import {layout}", f"autoencoder = {layout}.from_pretrained(folder)"]
         return ["`artifacts/` of this model is a diffusers folder:", "", "```python", *openers, "```"]
@@ -65,14 +68,17 @@ def _opening(name: str, layout: str) -> list[str]:
             "",
             f"Latent diffusion reads its captions with it: `objective.text_encoder.path=models:/{name}/VERSION`.",
         ]
+    told_an_image = bool(facts.get("told_an_image"))
+    frame = '{"image": [png_bytes]}' if told_an_image else '{"prompt": ["…"], "seed": [1]}'
     lines = [
         "```python",
         "import mlflow, pandas",
         f'model = mlflow.pyfunc.load_model("models:/{name}/VERSION")',
-        'pictures = model.predict(pandas.DataFrame({"prompt": ["…"], "seed": [1]}))["png"]  # PNG files as bytes',
+        f'pictures = model.predict(pandas.DataFrame({frame}))["png"]  # PNG files as bytes',
         "```",
         "",
-        f"or `python pipelines/generate.py --model models:/{name}/VERSION 'a prompt'`.",
+        f"or `python pipelines/generate.py --model models:/{name}/VERSION "
+        + ("--image FILE`." if told_an_image else "'a prompt'`."),
     ]
     if layout == "Stable Diffusion":
         lines += [

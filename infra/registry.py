@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from genmodels.diffusion.layout import class_names, takes_prompts
+from genmodels.diffusion.layout import class_names, image_condition, takes_prompts
 from infra import model_card as cards
 from infra import storage
 from infra.errors import BadRequest
@@ -69,6 +69,10 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
         columns = [ColSpec("string", "text"), ColSpec("long", "seed", required=False)]
         example = pd.DataFrame({"text": ["a red seven on a white background"], "seed": [1]})
         return ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(Array("double"), "embedding")])), example
+    if kind == "text_to_image" and _is_told_an_image(folder):
+        columns = [ColSpec("binary", "image"), ColSpec("long", "seed", required=False)]
+        columns.append(ColSpec("string", "direction", required=False))
+        return ModelSignature(inputs=Schema(columns), outputs=Schema([png])), pd.DataFrame({"image": [_grey_png()]})
     conditional = takes_prompts(folder)
     columns = [
         ColSpec("long", "seed", required=not conditional),
@@ -80,6 +84,11 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
         columns.append(ColSpec("double", "guidance_scale", required=False))
         example.insert(0, "prompt", (class_names(folder) or ["a red seven on a white background"])[:1])
     return ModelSignature(inputs=Schema(columns), outputs=Schema([png])), example
+
+
+def _is_told_an_image(folder: Path) -> bool:
+    """Whether a model makes pictures of images alone, as image-to-image GANs do."""
+    return not takes_prompts(folder) and (image_condition(folder) or {}).get("kind") == "member"
 
 
 def register_export(
@@ -123,7 +132,8 @@ def register_export(
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.run_id == run_id and version.tags.get("export_digest") == digest:
             return f"models:/{name}/{version.version}"
-    card = model_card or cards.model_card(name, facts)
+    told = kind == "text_to_image" and _is_told_an_image(Path(folder))
+    card = model_card or cards.model_card(name, {**facts, "told_an_image": told})
     logged = _log_model(client, run_id, Path(folder), kind, name, card, config_yaml, facts)
     try:
         patiently(client.create_registered_model, name)

@@ -4,7 +4,8 @@ MLflow stores this file with the model and executes it on loading (models from c
 therefore imports nothing else of this project.
 
 In: a frame with column `prompt` and, optionally, `negative_prompt`, `seed` (0), `num_steps` and `guidance_scale`;
-for an unconditional model `seed` and, optionally, `num_steps`.
+for an unconditional model `seed` and, optionally, `num_steps`; for one that makes pictures of images `image`, a file as
+bytes, and, optionally, `seed` and, of a CycleGAN, `direction` (ab).
 Out: a frame with column `png`, one PNG file as bytes for each row. A picture depends on its own row only.
 """
 
@@ -13,10 +14,11 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def _given(frame: pd.DataFrame, column: str, default: Any) -> list[Any]:
@@ -24,6 +26,16 @@ def _given(frame: pd.DataFrame, column: str, default: Any) -> list[Any]:
     if column not in frame:
         return [default] * len(frame)
     return [default if pd.isna(value) else value for value in frame[column]]
+
+
+def _square(data: bytes, size: int, nearest: bool) -> np.ndarray:
+    """The square in the middle of an image, upright, as in training: uint8 (size, size, 3)."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    resampling = Image.Resampling.NEAREST if nearest else Image.Resampling.BICUBIC
+    return np.asarray(ImageOps.fit(image.convert("RGB"), (size, size), resampling))
 
 
 def _png(image: Any) -> bytes:
@@ -46,6 +58,8 @@ class TextToImageModel(PythonModel):
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Draw each row; rows that share steps and guidance are drawn together."""
+        if "image" in model_input:
+            return self._of_images(model_input)
         rows = pd.DataFrame(
             {
                 "prompt": _given(model_input, "prompt", ""),
@@ -69,6 +83,19 @@ class TextToImageModel(PythonModel):
             for row, image in zip(group.index, images, strict=True):
                 pictures[row] = _png(image)
         return pd.DataFrame({"png": pictures.to_numpy()})
+
+    def _of_images(self, frame: pd.DataFrame) -> pd.DataFrame:
+        size, nearest = self.pipeline.given_size, getattr(self.pipeline, "takes_map", False)
+        images = np.stack([_square(data, size, nearest) for data in frame["image"]])
+        seeds, directions = [int(seed) for seed in _given(frame, "seed", 0)], _given(frame, "direction", "ab")
+        pictures = [b""] * len(frame)
+        for direction in sorted({*directions}):
+            rows = [row for row, each in enumerate(directions) if each == direction]
+            model: Any = self.pipeline
+            drawn = model.draw(None, [seeds[row] for row in rows], images=images[rows], direction=direction)
+            for row, image in zip(rows, drawn, strict=True):
+                pictures[row] = _png(image)
+        return pd.DataFrame({"png": pictures})
 
 
 set_model(TextToImageModel())

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from infra.errors import BadRequest, write_summary
 from infra.exports import export_kind, folder_digest, is_unclip
 from infra.storage import run_root
+from pipelines.data.decode import BadImage, decode_image
 from pipelines.drawing_options import complete_options, drawing_options
 
 if TYPE_CHECKING:
@@ -227,7 +228,6 @@ def _given(model: DrawingModel, image: str | None, mask: str | None, count: int)
         BadRequest: a file is missing, cannot be read, or is not what the model takes.
     """
     import numpy as np
-    from PIL import Image
 
     if model.takes_embedding and image is not None:  # a decoder of unCLIP alone: drawn by the picture's embedding
         import torch
@@ -247,16 +247,14 @@ def _given(model: DrawingModel, image: str | None, mask: str | None, count: int)
     for name, path, mode in (("images", image, "RGB"), ("masks", mask, "L")):
         if path is None:
             continue
-        size = (model.given_size, model.given_size)
-        try:
-            with Image.open(Path(path).expanduser()) as opened:
-                mixed = mode == "RGB" and not model.takes_map
-                resampling = Image.Resampling.BICUBIC if mixed else Image.Resampling.NEAREST
-                resized = opened.convert(mode).resize(size, resampling)
-        except OSError as error:
+        pixels = np.empty((3, model.given_size, model.given_size), np.uint8)
+        try:  # as the data path reads images: upright, over white, the square in the middle
+            nearest = mode == "L" or model.takes_map
+            decode_image(Path(path).expanduser().read_bytes(), model.given_size, pixels, nearest=nearest)
+        except (OSError, BadImage) as error:
             raise BadRequest(f"--{name[:-1]} {path}: cannot be read as an image ({error})") from error
-        pixels = np.asarray(resized)
-        given[name] = np.repeat((pixels if mode == "RGB" else pixels > 127)[None], count, axis=0)
+        read = pixels.transpose(1, 2, 0)
+        given[name] = np.repeat((read if mode == "RGB" else read.mean(2) > 127)[None], count, axis=0)
     return given
 
 

@@ -25,7 +25,7 @@ class AugmentationState:
         return {"augmentation": torch.tensor([self.probability, self.signs, self.count], dtype=torch.float64)}
 
     def see(self, logits: Tensor, weight: Tensor) -> None:
-        """Outputs for real images of this rank, (batch,). Collective."""
+        """Outputs for real images of this rank, (batch,), above or below 0 where they are not told. Collective."""
         logits, weight = logits.detach(), weight.to(logits)
         seen = torch.stack([(logits.sign() * weight).sum(), weight.sum()]).double()
         if dist.is_initialized():

@@ -23,7 +23,8 @@ def build_generator(config: GanConfig, text_width: int | None = None) -> nn.Modu
 def build_discriminator(config: GanConfig, text_width: int | None = None) -> nn.Module:
     """Freshly initialised; see `build_generator`."""
     kind = _KINDS[config.discriminator.kind]
-    conditioner = build_conditioner(config, text_width)
+    spectral = getattr(config.discriminator, "spectral_norm", False)
+    conditioner = build_conditioner(config, text_width, spectral)
     joint = config.semi_supervised is not None
     named = config.semi_supervised.classes if config.semi_supervised is not None else config.classes or []
     classes = len(named) if joint or config.auxiliary_weight else 0
@@ -32,12 +33,13 @@ def build_discriminator(config: GanConfig, text_width: int | None = None) -> nn.
     )
 
 
-def build_conditioner(config: GanConfig, text_width: int | None = None) -> Conditioner | None:
+def build_conditioner(config: GanConfig, text_width: int | None = None, spectral: bool = False) -> Conditioner | None:
     """What makes a vector of a condition; None where there is none."""
     if not config.conditional:
         return None
     if config.classes is not None:
-        return Conditioner(len(config.classes), None, config.condition_dim)
-    if isinstance(config.text_encoder, PretrainedTextEncoder):
-        return Conditioner(None, text_width or pretrained_width(config.text_encoder), config.condition_dim)
-    return Conditioner(None, text_width or config.clip_dim, config.condition_dim)
+        return Conditioner(len(config.classes), None, config.condition_dim, spectral)
+    width = text_width or config.clip_dim
+    if text_width is None and isinstance(config.text_encoder, PretrainedTextEncoder):
+        width = pretrained_width(config.text_encoder)
+    return Conditioner(None, width, config.condition_dim, spectral)

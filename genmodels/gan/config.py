@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from genmodels.config import Section
-from genmodels.gan.losses import SMOOTHED, LossName
+from genmodels.gan.losses import SMOOTHED, LossName, adversarial_loss
 from genmodels.text.config import NoTextEncoder, PretrainedTextEncoder, TrainedTextEncoder
 
 START = 4  # height and width where generators begin and discriminators end
@@ -233,11 +233,22 @@ class GanConfig(Section):
             raise ValueError("semi_supervised draws without a condition: leave classes and text_encoder out")
         if self.real_target != 1 and self.loss not in SMOOTHED:
             raise ValueError(f"real_target is of losses {', '.join(SMOOTHED)}: {self.loss} has no target to soften")
+        if isinstance(self.augmentation, AdaptiveAugment) and adversarial_loss(self.loss).border is None:
+            raise ValueError(
+                f"augmentation.kind=adaptive goes by the sign of what the discriminator says, which has no meaning of "
+                f"its own with loss={self.loss}: use non_saturating, hinge or another"
+            )
         if self.penalties.any and getattr(self.discriminator, "norm", "none") == "batch":
             raise ValueError(
                 "under a penalty no gradient may run between samples: set discriminator.norm=group or none, not batch"
             )
         return self
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a loss mixes the samples of a batch, which accumulation would change."""
+        norms = (getattr(network, "norm", "none") for network in (self.generator, self.discriminator))
+        return "batch" in norms or self.semi_supervised is not None
 
     @property
     def label(self) -> str | None:

@@ -36,6 +36,8 @@ class CycleGan(TranslationObjective):
         super().__init__(config)
         self.config = config
         self.pools = {name: ImagePool(config.pool_size, name) for name in ("a", "b")}
+        # Least squares without Mao's half (section 4): the other losses' weights are meant beside it.
+        self._scale = 2.0 if config.loss == "least_squares" else 1.0
 
     @staticmethod
     def build(config: CycleGanConfig) -> tuple[nn.Module, nn.Module]:
@@ -59,7 +61,7 @@ class CycleGan(TranslationObjective):
         scores: dict[str, Tensor] = {}
         for name, real in _sets(batch).items():
             of_real, of_made = (self.discriminator(name, images) for images in (real, batch[f"shown {name}"]))
-            per_sample = per_sample + self.game.of_discriminator(of_real, of_made).flatten(1).mean(1) / 2
+            per_sample = per_sample + self._scale * self.game.of_discriminator(of_real, of_made).flatten(1).mean(1) / 2
             scores |= {f"score_real_{name}": of_real, f"score_fake_{name}": of_made}
         facts = {name: value.flatten(1).mean(1) for name, value in scores.items()}
         return _phase_loss(per_sample, {"loss": per_sample, **facts}, batch)
@@ -77,7 +79,7 @@ class CycleGan(TranslationObjective):
                 with torch.no_grad():
                     of_real = self.discriminator(name, real[name])
             scores = self.discriminator(name, made)
-            adversarial = adversarial + self.game.of_generator(scores, of_real).flatten(1).mean(1)
+            adversarial = adversarial + self._scale * self.game.of_generator(scores, of_real).flatten(1).mean(1)
         cycle = _distance(self.generator("ba", made_b), real["a"]) + _distance(self.generator("ab", made_a), real["b"])
         identity = _distance(kept_a, real["a"]) + _distance(kept_b, real["b"])
         per_sample = adversarial + self.config.cycle_weight * cycle + self.config.identity_weight * identity

@@ -44,12 +44,15 @@ class AdversarialLoss:
         generator: the generator's loss, of the outputs for its images.
         paired: outputs for real and drawn images are compared in pairs: `real` is of their difference, and so is
             `generator`, the other way round; `fake` adds nothing.
+        border: what the best discriminator says of an image that is as likely drawn as real; None where it may say
+            anything, as only differences count.
     """
 
     real: _Score
     fake: _Score
     generator: _Score
     paired: bool = False
+    border: float | None = None
 
     def of_discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """(batch,), to be minimised by the discriminator."""
@@ -84,17 +87,21 @@ def adversarial_loss(name: LossName, real_target: float = 1.0) -> AdversarialLos
     def of_logistic(v: Tensor) -> Tensor:
         return real_target * softplus(-v) + (1 - real_target) * softplus(v)
 
+    logistic_border = math.log(real_target / (2 - real_target))
     match name:
         case "minimax":
-            return AdversarialLoss(of_logistic, softplus, lambda v: -softplus(v))
+            return AdversarialLoss(of_logistic, softplus, lambda v: -softplus(v), border=logistic_border)
         case "non_saturating":
-            return AdversarialLoss(of_logistic, softplus, lambda v: softplus(-v))
+            return AdversarialLoss(of_logistic, softplus, lambda v: softplus(-v), border=logistic_border)
         case "least_squares":
             return AdversarialLoss(
-                lambda v: (v - real_target).square() / 2, lambda v: v.square() / 2, lambda v: (v - 1).square() / 2
+                lambda v: (v - real_target).square() / 2,
+                lambda v: v.square() / 2,
+                lambda v: (v - 1).square() / 2,
+                border=real_target / 2,
             )
         case "hinge":
-            return AdversarialLoss(lambda v: relu(1 - v), lambda v: relu(1 + v), lambda v: -v)
+            return AdversarialLoss(lambda v: relu(1 - v), lambda v: relu(1 + v), lambda v: -v, border=0.0)
         case "wasserstein":
             return AdversarialLoss(lambda v: -v, lambda v: v, lambda v: -v)
         case "relativistic":
@@ -104,8 +111,9 @@ def adversarial_loss(name: LossName, real_target: float = 1.0) -> AdversarialLos
     divergence = DIVERGENCES[name]
     return AdversarialLoss(
         lambda v: -divergence.activation(v),
-        lambda v: divergence.conjugate(divergence.activation(v)),
+        divergence.of_drawn,
         lambda v: -divergence.activation(v),
+        border=divergence.border,
     )
 
 
@@ -116,20 +124,33 @@ class Divergence:
     Attributes:
         activation: g_f, maps any number to the domain of f*.
         conjugate: f*.
+        of_drawn: f* of the activated output, simplified: step by step its logarithms and exponentials would overflow.
         optimum: t of the ratio p/q at which the bound is tight: f'(p/q).
+        border: what is activated to f'(1).
     """
 
     activation: _Score
     conjugate: _Score
+    of_drawn: _Score
     optimum: _Score
+    border: float = 0.0
 
 
 DIVERGENCES = {
-    "f_kl": Divergence(lambda v: v, lambda t: (t - 1).exp(), lambda u: 1 + u.log()),
-    "f_reverse_kl": Divergence(lambda v: -(-v).exp(), lambda t: -1 - (-t).log(), lambda u: -1 / u),
-    "f_jensen_shannon": Divergence(
-        lambda v: math.log(2) - softplus(-v), lambda t: -(2 - t.exp()).log(), lambda u: (2 * u / (u + 1)).log()
+    "f_kl": Divergence(
+        lambda v: v, lambda t: (t - 1).exp(), lambda v: (v - 1).exp(), lambda u: 1 + u.log(), border=1.0
     ),
-    "f_pearson": Divergence(lambda v: v, lambda t: t.square() / 4 + t, lambda u: 2 * (u - 1)),
-    "f_total_variation": Divergence(lambda v: v.tanh() / 2, lambda t: t, lambda u: (u - 1).sign() / 2),
+    "f_reverse_kl": Divergence(lambda v: -(-v).exp(), lambda t: -1 - (-t).log(), lambda v: v - 1, lambda u: -1 / u),
+    "f_jensen_shannon": Divergence(
+        lambda v: math.log(2) - softplus(-v),
+        lambda t: -(2 - t.exp()).log(),
+        lambda v: softplus(v) - math.log(2),
+        lambda u: (2 * u / (u + 1)).log(),
+    ),
+    "f_pearson": Divergence(
+        lambda v: v, lambda t: t.square() / 4 + t, lambda v: v.square() / 4 + v, lambda u: 2 * (u - 1)
+    ),
+    "f_total_variation": Divergence(
+        lambda v: v.tanh() / 2, lambda t: t, lambda v: v.tanh() / 2, lambda u: (u - 1).sign() / 2
+    ),
 }

@@ -204,10 +204,13 @@ class Gan(AdversarialObjective):
             metrics["penalty"] = self._penalty(real, fake, condition, batch["seeds"])
             per_sample = per_sample + self.config.penalties.every * metrics["penalty"]
         if isinstance(self.config.augmentation, AdaptiveAugment):
-            self.augmentation.see(of_real.logits, weight)
+            assert self.game.border is not None
+            self.augmentation.see(of_real.logits - self.game.border, weight)
             metrics["augmentation"] = torch.full_like(weight, self.augmentation.probability)
         metrics["loss"] = per_sample
         logged = {name: Mean.of(value, weight) for name, value in metrics.items()}
+        if self._names_classes:
+            logged["class_loss"] = Mean.of(metrics["class_loss"], weight * (self._known_labels(batch) >= 0))
         return PhaseLoss((weight * per_sample).mean(), logged)
 
     def generator_loss(self, batch: Batch) -> PhaseLoss:
@@ -240,7 +243,8 @@ class Gan(AdversarialObjective):
     def validate(self, batch: Batch) -> dict[str, Mean]:
         """The discriminator on held-out images: its loss, its scores, and how often it is right.
 
-        Held-out images that score lower than the training's (`score_real`) are told from them: it knows those by heart.
+        Averaged weights, and images as they are. Where training shows it neither augmented nor noisy ones, held-out
+        images that score lower than the training's (`score_real`) are told from them: it knows those by heart.
         """
         condition = self.condition(batch)
         drawn = self.generate(batch["seeds"], condition, "validation")
@@ -385,19 +389,14 @@ class Gan(AdversarialObjective):
         return penalty(score, real, fake, seeds, self.config.penalties)
 
     def _facts(self, of_real: Scores, of_fake: Scores) -> dict[str, Tensor]:
-        """What the discriminator says, (batch,) each, and how often it is right: of pairs, where it compares them."""
+        """What the discriminator says, (batch,) each, and how often it is right: of pairs, where only differences of
+        what it says have a meaning."""
         real, fake = of_real.logits.detach(), of_fake.logits.detach()
-        border = self._border
-        if self.game.paired:
-            right = {"accuracy": (real > fake).float()}
-        else:
-            right = {"accuracy_real": (real > border).float(), "accuracy_fake": (fake < border).float()}
-        return {"score_real": real, "score_fake": fake, "sign_real": (real - border).sign(), **right}
-
-    @property
-    def _border(self) -> float:
-        """What the discriminator says of an image that it cannot tell: between the targets."""
-        return self.config.real_target / 2 if self.config.loss == "least_squares" else 0.0
+        said = {"score_real": real, "score_fake": fake}
+        if (border := self.game.border) is None:
+            return {**said, "accuracy": (real > fake).float()}
+        right = {"accuracy_real": (real > border).float(), "accuracy_fake": (fake < border).float()}
+        return {**said, "sign_real": (real - border).sign(), **right}
 
     def _instance_noise(self, step: int) -> float:
         """Its deviation at a step."""

@@ -127,7 +127,11 @@ class GanModel:
     @torch.inference_mode()
     def interpolate(self, prompt: str | None, seeds: Sequence[int], steps: int) -> np.ndarray:
         """Pictures on the way from each seed's latent to the next one's, along the arc between them, with one prompt:
-        uint8 (len(seeds) - 1, steps, height, width, 3)."""
+        uint8 (len(seeds) - 1, steps, height, width, 3).
+
+        Raises ValueError where a conditional model is given none, or another one is, and for fewer than two seeds."""
+        if self.conditional != (prompt is not None) or len(seeds) < 2:
+            raise ValueError(f"needs {'a' if self.conditional else 'no'} prompt, and two seeds or more")
         own = derive_seeds(torch.tensor(list(seeds), dtype=torch.int64, device=self._device), "drawing")
         latents = random.normal(own, (self.config.latent_dim,), "latent")
         rows = []

@@ -34,7 +34,6 @@ class TranslationModel:
     """
 
     conditional = takes_mask = takes_embedding = False
-    takes_map = True  # the given image's colours are not mixed, as they were not in training
     classes = clip = None
 
     def __init__(self, config: Pix2PixConfig | CycleGanConfig, generator: nn.Module, precision: str = "fp32") -> None:
@@ -51,6 +50,11 @@ class TranslationModel:
         generator = build_translator(config) if isinstance(config, Pix2PixConfig) else build_generators(config)
         read_networks(folder, {"generator": generator})
         return TranslationModel(config, generator.to(device), resolve_precision(precision, torch.device(device)))
+
+    @property
+    def takes_map(self) -> bool:
+        """Whether the given image is resized without mixing its colours, as in training: of pairs."""
+        return isinstance(self.config, Pix2PixConfig)
 
     @property
     def image_size(self) -> int:

@@ -15,7 +15,7 @@ from genmodels.gan.losses import LossName
 class PatchConfig(Section):
     """A score for each overlapping patch (Isola et al. 2017, section 3.2.2)."""
 
-    channels: int = Field(64, gt=0, description="after the first layer, doubled at each of the next three")
+    channels: int = Field(64, ge=2, description="after the first layer, doubled at each of the next three")
     layers: int = Field(3, gt=0, description="halvings: 3 is a patch of 70×70 pixels, 2 of 34×34, 1 of 16×16")
 
 

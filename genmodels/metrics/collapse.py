@@ -7,6 +7,7 @@ not depend on the features. Pictures that are merely bad do not set the alarm of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -92,21 +93,27 @@ def measure_variety(
     return Variety(**shares, reasons=tuple(reasons))
 
 
-def condition_variety(drawn: np.ndarray, again: np.ndarray) -> float:
+def condition_variety(drawn: np.ndarray, again: np.ndarray, conditions: Sequence[str] | None = None) -> float:
     """How far two pictures of one condition are from each other, as a share of how far pictures of different conditions
     are: near 0 where the latent is ignored, however varied the pictures are together.
 
     Args:
         drawn, again: features of two pictures for each of n conditions, float (n, dimensions).
+        conditions: of which equal ones are not compared; None: all are different.
 
     Raises:
-        ValueError: other shapes, or fewer than two conditions.
+        ValueError: other shapes, or fewer than two different conditions.
     """
     drawn, again = checked(drawn).astype(np.float64), checked(again).astype(np.float64)
     if drawn.shape != again.shape or len(drawn) < 2:
         raise ValueError(f"needs two pictures for each of two conditions at least, got {drawn.shape} and {again.shape}")
     same = np.linalg.norm(drawn - again, axis=1).mean()
-    different = np.linalg.norm(drawn - np.roll(again, 1, axis=0), axis=1).mean()
+    told = np.arange(len(drawn)) if conditions is None else np.asarray(conditions)
+    others = [np.flatnonzero(np.roll(told, -row) != told[row]) for row in range(len(told))]
+    if not all(map(len, others)):
+        raise ValueError("needs two different conditions at least")
+    following = [(row + int(places[0])) % len(told) for row, places in enumerate(others)]  # the next that differs
+    different = np.linalg.norm(drawn - again[following], axis=1).mean()
     return float(same / max(different, 1e-12))
 
 

@@ -78,6 +78,7 @@ class SampleSpec:
         sizes: whether the original size of each image and the place of its crop are told.
         arrays: what else is read of each sample.
         label: the member with the name of its class, as `caption`'s places are written; None reads none.
+        classes: the only captions that count; None: any.
     """
 
     image_size: int
@@ -92,6 +93,7 @@ class SampleSpec:
     sizes: bool = False
     arrays: tuple[ArraySpec, ...] = ()
     label: str | None = None
+    classes: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.image_size < (0 if self.arrays else 1):
@@ -110,11 +112,12 @@ class SampleSpec:
 
     def choose_image(self, members: Mapping[str, bytes]) -> tuple[bytes | None, str]:
         """The image's bytes, or None and the reason why there is none."""
-        present = [self.image] if self.image else [suffix for suffix in IMAGE_SUFFIXES if suffix in members]
+        usual = (suffix for suffix in IMAGE_SUFFIXES if suffix in members and suffix != self.condition_image)
+        present = [self.image] if self.image else [*usual]
         if len(present) > 1:
-            return None, f"image: several members ({', '.join(present)}); name one in the config"
+            return None, f"image: several members ({', '.join(present)}); name one with data.image"
         if not present or present[0] not in members:
-            return None, "image: missing"
+            return None, f"image: {self.image or 'missing'}{' is missing' if self.image else ''}"
         return members[present[0]], ""
 
     def choose_caption(self, members: Mapping[str, bytes], draw: float) -> str:
@@ -127,6 +130,9 @@ class SampleSpec:
                 found += _captions_at(place, members)
             except BadCaption as error:
                 reason = reason or str(error)
+        if self.classes is not None and (others := [caption for caption in found if caption not in self.classes]):
+            found = [caption for caption in found if caption in self.classes]
+            reason = reason or f"caption: {others[0][:60]!r} is not one of objective.classes"
         if not found:
             raise BadCaption(reason)
         return found[min(int(draw * len(found)), len(found) - 1)]

@@ -112,22 +112,23 @@ def measure_statistics(
 
 
 def check_labels(config: TrainConfig, index: DatasetIndex, folder: RunFolder) -> None:
-    """Raise BadRequest where no sample has a label that zero-shot classification could be measured with."""
+    """Raise BadRequest where no sample has a label that classification could be measured with."""
     data = config.data
     for name, member in members_of(config.objective).items():
-        zero_shot = getattr(member, "zero_shot", None)
-        if zero_shot is None:
-            continue
-        if data.validation_url is not None:
-            index = load_index(data.validation_url, folder.path("index"))
-        spec = SampleSpec(member.image_size, caption=None, label=zero_shot.label)
-        found = {label for batch in read_fixed(index, spec, _AT_ONCE, _AT_ONCE) for label in batch["labels"]}
-        if not found & zero_shot.classes.keys():
-            key = f"objective.members.{name}.zero_shot" if name else "objective.zero_shot"
-            seen = ", ".join(sorted(found - {""})[:5]) or "none"
-            raise BadRequest(
-                f"{key}: of {_AT_ONCE} samples none has one of its classes at label {zero_shot.label}: {seen} there"
-            )
+        for section in ("zero_shot", "semi_supervised"):
+            asked = getattr(member, section, None)
+            if asked is None or (section == "semi_supervised" and data.validation_url is None):
+                continue  # few of the training's samples may have a label
+            if data.validation_url is not None:
+                index = load_index(data.validation_url, folder.path("index"))
+            spec = SampleSpec(member.image_size, caption=None, label=asked.label, image=data.image)
+            found = {label for batch in read_fixed(index, spec, _AT_ONCE, _AT_ONCE) for label in batch["labels"]}
+            if not found & {*asked.classes}:
+                key = f"objective.members.{name}.{section}" if name else f"objective.{section}"
+                seen = ", ".join(sorted(found - {""})[:5]) or "none"
+                raise BadRequest(
+                    f"{key}: of {_AT_ONCE} samples none has one of its classes at label {asked.label}: {seen} there"
+                )
 
 
 def place_clip(asked: Mapping[str, Any], folder: str, root: str, tracking_uri: str | None, index: DatasetIndex) -> str:

@@ -101,6 +101,7 @@ class DataConfig(Section):
     slots_per_lane: int = Field(64, gt=0, description="neighbouring slots a lane reads and shuffles together")
     crop: Literal["center", "random"] = Field("center", description="after resizing the shorter side")
     horizontal_flip: bool = Field(False, description="mirror half of the images")
+    image: str | None = Field(None, description="shard member with the image, as photo.png [the only jpg, png, …]")
     caption: str | None = Field("txt", description="shard member with the caption: txt, or json:KEY; null: images only")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
@@ -304,6 +305,11 @@ class TrainConfig(Section):
             )
         if metric is not None and self.best.better == "lower" and any(part in metric for part in _HIGHER):
             wrong.append(f"best.metric={metric} is better the higher it is: set best.better=higher")
+        if metric in _OF_DISCRIMINATORS and self.objective.kind in ("gan", "attn_gan"):
+            wrong.append(
+                f"best.metric={metric} says how well the discriminator does, not what is drawn: take "
+                "val_frechet_distance or val_coverage"
+            )
         if metric in _DRAWN and not self.evaluation.every:
             wrong.append(f"best.metric={metric} is measured by evaluation.every: set it")
         if wrong:
@@ -332,8 +338,12 @@ def _reads_arrays(objective: Any) -> bool:
     return any(stored) or getattr(getattr(objective, "image_embedding", None), "member", None) is not None
 
 
-_HIGHER = ("accuracy", "recall", "cosine", "psnr", "coverage", "spread", "nearest")
-_DRAWN = ("val_frechet_distance", "val_coverage", "val_recall", "val_spread", "val_nearest")
+_HIGHER = ("accuracy", "recall", "cosine", "psnr", "coverage", "spread", "nearest", "of_one_condition", "caption_found")
+_DRAWN = (
+    "val_frechet_distance", "val_coverage", "val_recall", "val_spread", "val_nearest", "val_of_one_condition",
+    "val_collapsed",
+)  # fmt: skip
+_OF_DISCRIMINATORS = ("val_loss", "val_accuracy", "val_accuracy_real", "val_accuracy_fake")
 
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (
@@ -391,6 +401,7 @@ def load_config(preset: str, assignments: list[str]) -> TrainConfig:
     except ValidationError as error:
         raise BadRequest("; ".join(explain(error, TrainConfig))) from None
     check_networks(config)
+    check_losses(config)
     return config
 
 
@@ -411,3 +422,20 @@ def check_networks(config: TrainConfig) -> None:
     for section, chosen in sections.items():
         for name in chosen.keys() - networks.keys():
             raise BadRequest(f"{section}.{name}: there is no such network in the objective, only {', '.join(networks)}")
+
+
+def check_losses(config: TrainConfig) -> None:
+    """Raises BadRequest where the configuration alone shows that accumulation or ZeRO would change a loss."""
+    for name, member in members_of(config.objective).items():
+        if config.accumulation > 1 and getattr(member, "couples_samples", False):
+            raise BadRequest(
+                f"objective.kind={member.kind} couples the samples of a batch, so accumulation would change it: set "
+                f"data.micro_batch={config.data.global_batch_size // config.workers.count}"
+            )
+        network = f"{name}-discriminator" if name else "discriminator"
+        engine, penalties = config.engine_of(network), getattr(member, "penalties", None)
+        if penalties is not None and penalties.any and engine.kind == "deepspeed" and engine.zero_stage == 3:
+            raise BadRequest(
+                f"the loss of {network!r} differentiates a gradient (objective.penalties), which ZeRO stage 3 cannot: "
+                f"set engines.{network}.zero_stage to 2 or less"
+            )

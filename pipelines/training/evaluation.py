@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,15 @@ VARIETY = ("coverage", "recall", "spread", "nearest")
 MEASURED = (FRECHET_DISTANCE, "val_collapsed", "val_of_one_condition", *(f"val_{name}" for name in VARIETY))
 OF_ONE_CONDITION = "val_of_one_condition"
 _FEWEST = 20  # pictures whose variety can be judged
-_TWICE = 64  # conditions that a rank draws two pictures of
+_TWICE = 64  # conditions that a rank draws two pictures of, about
+
+
+class _Twice(NamedTuple):
+    """Features of two pictures for each of some conditions, batch by batch, and these."""
+
+    one: list[np.ndarray]
+    other: list[np.ndarray]
+    conditions: list[str]
 
 
 class DrawnPictures:
@@ -68,7 +76,8 @@ class DrawnPictures:
         """
         sums = FeatureSums.zero(self.extractor.dimensions)
         features: list[np.ndarray] = []
-        twice: list[np.ndarray] = []
+        twice = _Twice([], [], [])
+        every = -(-sum(len(batch["weight"]) for batch in self.asked) // _TWICE)
         with trainer.with_ema(), trainer.autocast():
             for batch in self.asked:
                 drawn = trainer.objective.draw(trainer.to_device(batch, step), self.drawing)
@@ -76,8 +85,8 @@ class DrawnPictures:
                 pictures = _bytes(drawn.float())
                 with torch.autocast(trainer.device.type, enabled=False):  # as real pictures are measured
                     features += self._add(sums, pictures.permute(0, 2, 3, 1).cpu().numpy(), batch["weight"])
-                if len(twice) == 0 and self._varies(trainer):
-                    twice = self._again(trainer, step, batch, pictures)
+                if self._varies(trainer):
+                    self._again(trainer, step, batch, pictures, every, twice)
         found = torch.tensor(0.0, dtype=torch.float64, device=trainer.device)
         gaussian = self._summed(sums)
         if _rank() == 0:  # takes seconds where features are wide: once is enough
@@ -91,34 +100,37 @@ class DrawnPictures:
         told = getattr(trainer.objective, "config", None)
         return bool(getattr(told, "conditional", False)) and getattr(told, "image_condition", None) is None
 
-    def _again(self, trainer: Trainer, step: int, batch: RankBatch, pictures: Tensor) -> list[np.ndarray]:
-        """Features of the first pictures of a batch, and of others for the same conditions."""
+    def _again(self, trainer: Trainer, step: int, batch: RankBatch, pictures: Tensor, every: int, into: _Twice) -> None:
+        """Add features of every so many pictures of a batch, and of others for the same conditions: not of the first
+        ones alone, which may all be of one class."""
         part: Any = {
-            name: value[:_TWICE] if isinstance(value, (Tensor, list)) else value for name, value in batch.items()
+            name: value[::every] if isinstance(value, (Tensor, list)) else value for name, value in batch.items()
         }
         part["seeds"] = derive_seeds(part["seeds"], "another")
         drawn = trainer.objective.draw(trainer.to_device(part, step), self.drawing)
         assert drawn is not None
         good = part["weight"].cpu().numpy() > 0
+        if not good.any():
+            return
         with torch.autocast(trainer.device.type, enabled=False):
-            return [
-                np.asarray(self.extractor(each.permute(0, 2, 3, 1).cpu().numpy()[good]).features, np.float32)
-                for each in (pictures[:_TWICE], _bytes(drawn.float()))
-            ]
+            for features, each in ((into.one, pictures[::every]), (into.other, _bytes(drawn.float()))):
+                found = self.extractor(each.permute(0, 2, 3, 1).cpu().numpy()[good]).features
+                features.append(np.asarray(found, np.float32))
+        into.conditions.extend(caption for caption, use in zip(part["captions"], good.tolist(), strict=True) if use)
 
-    def _variety(self, own: list[np.ndarray], twice: list[np.ndarray]) -> dict[str, float]:
+    def _variety(self, own: list[np.ndarray], twice: _Twice) -> dict[str, float]:
         drawn, real = self._gathered(own), self._real_features
-        one, other = (self._gathered(twice[place : place + 1]) for place in (0, 1))
+        one, other, conditions = self._gathered(twice.one), self._gathered(twice.other), _all_ranks(twice.conditions)
         if min(len(drawn), len(real) // 2) < _FEWEST:
             return {}
         names = ["val_collapsed", *(f"val_{name}" for name in VARIETY)]
-        names += [OF_ONE_CONDITION] if len(one) >= 2 else []
+        names += [OF_ONE_CONDITION] if len({*conditions}) >= 2 else []
         told = torch.zeros(len(names), dtype=torch.float64, device=self.extractor.device)
         if _rank() == 0:
             variety = measure_variety(drawn, real[0::2], real[1::2])
             self.reasons, values = variety.reasons, [float(getattr(variety, name)) for name in VARIETY]
             if OF_ONE_CONDITION in names:
-                values.append(condition_variety(one, other))
+                values.append(condition_variety(one, other, conditions))
                 if values[-1] < THRESHOLDS.of_one_condition:
                     self.reasons += (
                         f"two pictures for one condition differ {values[-1]:.2f} times as much as for two conditions",
@@ -130,12 +142,8 @@ class DrawnPictures:
 
     def _gathered(self, own: list[np.ndarray]) -> np.ndarray:
         """Features of all ranks, in order: float32 (samples, dimensions)."""
-        mine = np.concatenate([np.empty((0, self.extractor.dimensions), np.float32), *own])
-        if not dist.is_initialized():
-            return mine
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-        return np.concatenate(parts)
+        none = np.empty((0, self.extractor.dimensions), np.float32)
+        return np.concatenate([none, *_all_ranks(own)])
 
     def _add(self, sums: FeatureSums, pictures: np.ndarray, weight: Tensor) -> list[np.ndarray]:
         """Add the features of the good pictures; returns them."""
@@ -155,6 +163,15 @@ class DrawnPictures:
                 dist.all_reduce(part)
         count, total, outer = (part.cpu().numpy() for part in parts)
         return FeatureSums(round(float(count)), total, outer).gaussian()
+
+
+def _all_ranks(own: list[Any]) -> list[Any]:
+    """What the lists of all ranks hold, in order. Collective."""
+    if not dist.is_initialized():
+        return own
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return [each for part in parts for each in part]
 
 
 def _spread(features: np.ndarray, count: int) -> np.ndarray:

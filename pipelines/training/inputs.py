@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +250,12 @@ def local_inputs(folder: RunFolder) -> Path:
     return target
 
 
+def _classes_of(members: Iterable[Any]) -> tuple[str, ...] | None:
+    """The captions that all members with classes know; None where none has classes."""
+    named = [classes for member in members if (classes := getattr(member, "classes", None)) is not None]
+    return tuple(name for name in named[0] if all(name in others for others in named)) if named else None
+
+
 def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
     """How samples become batches in this run."""
     data = config.data
@@ -265,6 +271,8 @@ def sample_spec(config: TrainConfig, inputs: Path) -> SampleSpec:
         sizes=any(getattr(member, "size_conditioning", False) for member in members),
         arrays=arrays,
         label=next((label for member in members if (label := getattr(member, "label", None)) is not None), None),
+        image=data.image,
+        classes=_classes_of(members),
     )
     tokenizer = inputs / "tokenizer"
     if not tokenizer.is_dir():

@@ -145,7 +145,8 @@ def _check_objective(config: TrainConfig, folder: RunFolder) -> None:
 def _check_samples(config: TrainConfig, folder: RunFolder, data: RunData) -> None:
     """Read a few samples of each set. Raises BadRequest where none can be used, as where a member has another name."""
     spec = sample_spec(config, local_inputs(folder))
-    for key, index in (("data.url", data.train), ("data.other_url", data.other)):
+    sets = (data.train, data.validation, data.other, data.other_validation)
+    for key, index in zip(data_urls(config), sets, strict=True):
         if index is None or config.data.max_bad_share == 1:
             continue
         (batch,) = fixed_batches(index, spec, _READ_FIRST, _READ_FIRST)

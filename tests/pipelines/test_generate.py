@@ -14,6 +14,7 @@ from PIL import Image
 from genmodels.families import build_objective
 from infra.errors import BadRequest, main_exit
 from pipelines import generate, generation
+from pipelines.data.decode import decode_image
 from pipelines.evaluation.subject import find_subject
 
 UNET = {"kind": "unet", "channels": [8], "layers_per_block": 1, "head_dim": 8, "norm_groups": 4}
@@ -109,6 +110,39 @@ def test_a_cycle_gan_goes_both_ways(run, unconditional, tmp_path):
     assert made["ab"].shape == (16, 16, 3) and (made["ab"] != made["ba"]).any()
     code, error, _ = run("--model", unconditional, "--direction", "ba")
     assert code == 2 and "--direction is of CycleGANs" in error
+
+
+def test_a_photo_is_read_as_in_training(run, tmp_path):
+    """The square in the middle, upright, over white, bicubic: as the data path makes it of a sample."""
+    from tests.genmodels import tiny
+
+    export = tmp_path / "export"
+    build_objective(tiny.cycle_config()).export(export)
+    noise = np.random.default_rng(0).integers(0, 256, (90, 160, 4), dtype=np.uint8)
+    photo = Image.fromarray(noise).resize((640, 360))
+    photo.save(tmp_path / "photo.png", exif=_turned(photo))
+    as_read = np.empty((3, 16, 16), np.uint8)
+    decode_image((tmp_path / "photo.png").read_bytes(), 16, as_read)
+    Image.fromarray(as_read.transpose(1, 2, 0)).save(tmp_path / "square.png")
+    made = []
+    for name in ("photo.png", "square.png"):
+        code, _, summary = run("--model", export, "--image", tmp_path / name, steps=False)
+        assert code == 0
+        made.append(pixels(summary, 0))
+    assert (made[0] == made[1]).all()
+
+
+def _turned(image: Image.Image) -> Image.Exif:
+    exif = image.getexif()
+    exif[0x0112] = 6
+    return exif
+
+
+def test_a_cycle_gan_is_judged_by_its_training(tmp_path):
+    from tests.genmodels import tiny
+
+    export = tmp_path / "export"
+    build_objective(tiny.cycle_config()).export(export)
     with pytest.raises(BadRequest, match="judged by training's own evaluation"):
         find_subject(str(export), None)
 

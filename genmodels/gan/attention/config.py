@@ -56,6 +56,11 @@ class DamsmConfig(Section):
         """Whether captions are read: always."""
         return True
 
+    @property
+    def couples_samples(self) -> bool:
+        """Whether the loss mixes the samples of a batch, which accumulation would change: always."""
+        return True
+
     @model_validator(mode="after")
     def _size_divides(self) -> DamsmConfig:
         factor = 2 ** len(self.image_encoder.channels)
@@ -97,6 +102,11 @@ class AttnGanConfig(Section):
                 f"{', '.join(str(2 * START * 2 ** (self.stages - 1 + more)) for more in range(3))}, …"
             )
         return self
+
+    @property
+    def couples_samples(self) -> bool:
+        """Whether a loss mixes the samples of a batch, which accumulation would change."""
+        return self.damsm_weight > 0
 
     @property
     def sizes(self) -> list[int]:

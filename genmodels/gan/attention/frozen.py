@@ -57,8 +57,9 @@ class FrozenDamsm(nn.Module):
 
     @torch.no_grad()
     def read_texts(self, token_ids: Tensor) -> Texts:
-        """Of captions, int64 (batch, length)."""
-        return self.encoders.of_texts(token_ids)
+        """Of captions, int64 (batch, length); float32, also under autocast, so that a penalty can be taken of them."""
+        words, mask, sentence = self.encoders.of_texts(token_ids)
+        return Texts(words.float(), mask, sentence.float())
 
     def match(self, images: Tensor, texts: Texts, token_ids: Tensor, weight: Tensor) -> Matching:
         """How well images, (batch, 3, height, width) in [-1, 1] of any size, match their own captions among those of

@@ -34,11 +34,11 @@ class Scores(NamedTuple):
 class Conditioner(nn.Module):
     """A class's own vector, or a projection of features of a text: (batch,) or (batch, width) → (batch, dim)."""
 
-    def __init__(self, classes: int | None, text_width: int | None, dim: int) -> None:
+    def __init__(self, classes: int | None, text_width: int | None, dim: int, spectral: bool = False) -> None:
         """Args: one of `classes` (how many) and `text_width` (features of a text), the other is None."""
         super().__init__()
-        self.of_class = nn.Embedding(classes, dim) if classes is not None else None
-        self.of_text = nn.Linear(text_width, dim) if text_width is not None else None
+        self.of_class = limited(nn.Embedding(classes, dim), spectral) if classes is not None else None
+        self.of_text = limited(nn.Linear(text_width, dim), spectral) if text_width is not None else None
 
     def forward(self, condition: Tensor) -> Tensor:
         if self.of_class is not None:
@@ -54,13 +54,20 @@ class Head(nn.Module):
     features alone, and the dot product of the features with the condition's own vector.
     """
 
-    def __init__(self, features: int, conditioner: Conditioner | None, classes: int = 0, joint: bool = False) -> None:
+    def __init__(
+        self,
+        features: int,
+        conditioner: Conditioner | None,
+        classes: int = 0,
+        joint: bool = False,
+        spectral: bool = False,
+    ) -> None:
         """Args: `classes`: that are named too. `joint`: they and "drawn" are the K + 1 classes of Salimans et al. 2016:
         the score is what all real classes have over 0, that of a drawn image."""
         super().__init__()
         self.conditioner, self.joint = conditioner, joint
-        self.score = None if joint else nn.Linear(features, 1)
-        self.classes = nn.Linear(features, classes) if classes else None
+        self.score = None if joint else limited(nn.Linear(features, 1), spectral)
+        self.classes = limited(nn.Linear(features, classes), spectral) if classes else None
 
     def forward(self, features: Tensor, condition: Tensor | None) -> Scores:
         classes = None if self.classes is None else self.classes(features).float()
@@ -101,7 +108,8 @@ class BatchNorm(nn.Module):
                 both = collectives.all_reduce(torch.stack([mean, mean_square])) / dist.get_world_size()
                 mean, mean_square = both[0], both[1]
             variance = (mean_square - mean.square()).clamp(min=0)
-            if torch.is_grad_enabled():  # of the phase that trains it, not of one that only looks
+            # In the phase that trains it, not in one that only looks, whose images may be others.
+            if torch.is_grad_enabled() and (self.weight is None or self.weight.requires_grad):
                 with torch.no_grad():
                     self.running_mean.lerp_(mean.detach(), self.momentum)
                     self.running_var.lerp_(variance.detach(), self.momentum)

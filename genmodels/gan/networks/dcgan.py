@@ -66,7 +66,7 @@ class Discriminator(nn.Module):
             before = width
         self.layers = nn.Sequential(*layers)
         self.last = limited(nn.Linear(before * START**2, dim), config.spectral_norm)
-        self.head = Head(dim, conditioner, classes, joint)
+        self.head = Head(dim, conditioner, classes, joint, config.spectral_norm)
         if not config.spectral_norm:
             self.apply(_small_weights)
 

@@ -91,7 +91,7 @@ class Discriminator(nn.Module):
             _Halving(widths[-1], widths[-1], spectral, halve=False),
         )
         self.last = limited(nn.Linear(widths[-1], dim), spectral)
-        self.head = Head(dim, conditioner, classes, joint)
+        self.head = Head(dim, conditioner, classes, joint, spectral)
 
     def forward(self, images: Tensor, condition: Tensor | None = None) -> Scores:
         features = relu(self.last(relu(self.blocks(images)).sum((2, 3))))

@@ -57,11 +57,11 @@ def test_the_losses_are_the_papers() -> None:
         objective.prepare([batch])
         torch.testing.assert_close(batch["shown b"], ab(a))
         of_discriminators = sum(
-            ((judge(real) - 1).square().mean() + judge(made).square().mean()) / 4
+            ((judge(real) - 1).square().mean() + judge(made).square().mean()) / 2
             for judge, real, made in ((judge_a, a, ba(b)), (judge_b, b, ab(a)))
         )
         torch.testing.assert_close(objective.discriminator_loss(batch).loss, of_discriminators)
-        game = ((judge_b(ab(a)) - 1).square().mean() + (judge_a(ba(b)) - 1).square().mean()) / 2
+        game = (judge_b(ab(a)) - 1).square().mean() + (judge_a(ba(b)) - 1).square().mean()
         cycle = (ba(ab(a)) - a).abs().mean() + (ab(ba(b)) - b).abs().mean()
         identity = (ab(b) - b).abs().mean() + (ba(a) - a).abs().mean()
         torch.testing.assert_close(objective.generator_loss(batch).loss, game + 10 * cycle + 5 * identity)

@@ -101,6 +101,36 @@ def test_at_its_optimum_each_bound_is_the_divergence(name: str) -> None:
         assert integral(P * game.real(outputs) + Q * game.fake(outputs)) == pytest.approx(-other, rel=1e-9)
 
 
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_drawn_outputs_far_out_are_neither_infinite_nor_without_gradient(name: str) -> None:
+    """f* after g_f is one function, which is written as such: step by step it would overflow."""
+    divergence = DIVERGENCES[name]
+    near = torch.linspace(-6, 6, 49, dtype=torch.float64)
+    torch.testing.assert_close(divergence.of_drawn(near), divergence.conjugate(divergence.activation(near)))
+    far = torch.tensor([-50.0, 50.0], requires_grad=True)
+    divergence.of_drawn(far).sum().backward()
+    assert far.grad is not None and far.grad.isfinite().all()
+    if name in ("f_jensen_shannon", "f_reverse_kl"):
+        assert float(far.grad[1]) == 1.0
+
+
+@pytest.mark.parametrize("name", get_args(LossName))
+@pytest.mark.parametrize("real_target", [1.0, 0.9])
+def test_the_border_is_what_the_best_discriminator_says_where_both_are_as_likely(
+    name: LossName, real_target: float
+) -> None:
+    if real_target != 1 and name not in SMOOTHED:
+        return
+    game = adversarial_loss(name, real_target)
+    said = torch.linspace(-3, 3, 6001, dtype=torch.float64)
+    if game.border is None:
+        assert game.paired or name == "wasserstein"
+        return
+    cost = game.real(said) + game.fake(said)
+    lowest = cost - cost.min() < 1e-9  # a range, for losses whose best answer is any of several
+    assert float(said[lowest].min()) - 1e-3 <= game.border <= float(said[lowest].max()) + 1e-3
+
+
 @pytest.mark.parametrize("name", ["f_kl", "f_reverse_kl", "f_jensen_shannon", "f_pearson"])
 def test_the_best_outputs_are_the_optimum_of_each_divergence(name: LossName) -> None:
     found = DIVERGENCES[name].activation(best_outputs(name))

@@ -89,13 +89,15 @@ def _nothing_is_zero(module: nn.Module) -> None:
 @pytest.mark.parametrize("kind", ["dcgan", "resnet"])
 def test_the_largest_singular_value_of_each_layer_is_1(kind: str) -> None:
     torch.manual_seed(0)
-    discriminator = build_discriminator(config(kind, discriminator={**SMALL[kind], "spectral_norm": True}))
+    told = {"classes": ["a", "b", "c"], "auxiliary_weight": 1.0}
+    discriminator = build_discriminator(config(kind, discriminator={**SMALL[kind], "spectral_norm": True}, **told))
     for _ in range(200):  # one step of the power iteration each
-        discriminator(torch.randn(2, 3, 16, 16))
+        discriminator(torch.randn(2, 3, 16, 16), torch.tensor([0, 2]))
     discriminator.eval()
-    limited = [m for m in discriminator.modules() if hasattr(m, "parametrizations")]
-    assert len(limited) >= 3
-    for layer in limited:
+    layers = [m for m in discriminator.modules() if isinstance(m, (nn.Conv2d, nn.Linear, nn.Embedding))]
+    assert {type(layer).__name__.removeprefix("Parametrized") for layer in layers} == {"Conv2d", "Linear", "Embedding"}
+    for layer in layers:
+        assert isinstance(layer.weight, torch.Tensor)
         value = torch.linalg.matrix_norm(layer.weight.detach().flatten(1), 2)
         assert float(value) == pytest.approx(1, abs=5e-3)
 
@@ -149,6 +151,15 @@ def _batch_norm(rank: int, world_size: int) -> dict[str, Tensor]:
     torch.testing.assert_close(out, wanted[part], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(mine.grad, given.grad[part], atol=1e-5, rtol=1e-4)
     return {"mean": norm.running_mean, "variance": norm.running_var, "wanted": reference.running_mean}
+
+
+def test_batch_statistics_follow_the_images_of_ones_own_phase_alone() -> None:
+    norm = BatchNorm(4)
+    norm(torch.randn(8, 4, 2, 2))
+    known = norm.running_mean.clone()
+    norm.requires_grad_(False)  # as in the other network's phase
+    norm((torch.randn(8, 4, 2, 2) + 9).requires_grad_())
+    assert norm.running_mean.equal(known) and known.any()
 
 
 @pytest.mark.slow

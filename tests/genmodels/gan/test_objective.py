@@ -244,6 +244,17 @@ def test_augmentation_follows_how_well_real_images_are_known() -> None:
     assert state.probability == 1.0 and make().state_dict() == {}
 
 
+def test_augmentation_counts_from_what_is_said_of_images_that_are_not_told() -> None:
+    """Of least squares that is 0.5, not 0."""
+    objective = make(loss="least_squares", augmentation={"kind": "adaptive"})
+    with torch.no_grad():
+        for parameter in objective.discriminator.head.parameters():
+            parameter.zero_()
+        objective.discriminator.head.score.bias.fill_(0.4)
+    objective.discriminator_loss(tiny.batch(4))
+    assert objective.augmentation.signs == -4.0
+
+
 def test_instance_noise_fades() -> None:
     objective = make(instance_noise=0.5, instance_noise_steps=10)
     shown = [objective.shown(torch.zeros(4, 3, 16, 16), tiny.batch(4, step=step), "real") for step in (0, 5, 10)]
@@ -291,7 +302,10 @@ def test_few_labels_make_a_classifier() -> None:
         assert real.classes is not None
         named = torch.nn.functional.cross_entropy(real.classes[[0, 2]], torch.tensor([0, 1]))
         game = objective.game.of_discriminator(real.logits, fake.logits).mean()
-        torch.testing.assert_close(objective.discriminator_loss(batch).loss, game + named)
+        found = objective.discriminator_loss(batch)
+        torch.testing.assert_close(found.loss, game + named)
+        logged = found.metrics["class_loss"]
+        torch.testing.assert_close(logged.total / logged.count, named)
         drawn = objective.generate(batch["seeds"], None, "generator")
         means = [objective.discriminator(images).features.mean(0) for images in (batch["images"], drawn)]
         torch.testing.assert_close(objective.generator_loss(batch).loss, (means[0] - means[1]).square().sum())
@@ -375,6 +389,8 @@ def test_classes_are_drawn_by_name_and_without_either_by_seed(tmp_path: Path) ->
             "semi_supervised draws without a condition",
         ),
         ({"discriminator": {"kind": "modern", "channels": 20}}, "no multiple of group_width"),
+        ({"loss": "wasserstein", "augmentation": {"kind": "adaptive"}}, "no meaning of its own with loss=wasserstein"),
+        ({"loss": "relativistic", "augmentation": {"kind": "adaptive"}}, "no meaning of its own with loss=relativis"),
     ],
 )
 def test_what_does_not_go_together_is_refused(changes: dict[str, Any], match: str) -> None:

@@ -71,6 +71,12 @@ def test_a_latent_that_is_ignored_is_seen_however_varied_the_conditions_are() ->
     assert 0.2 < condition_variety(*own) < 0.6
     assert condition_variety(modes(2), modes(3)) == pytest.approx(1, abs=0.1)
     assert not measure_variety(conditions, modes(10), modes(11)).collapsed, "the others do not see it"
+    in_order, named = np.repeat(modes(4)[:2], COUNT // 2, axis=0), ["one"] * (COUNT // 2) + ["two"] * (COUNT // 2)
+    ignored = [in_order + 0.01 * rng.standard_normal(in_order.shape) for _ in range(2)]
+    assert condition_variety(*ignored) > 0.2, "neighbours are of one condition, where they are in order"
+    assert condition_variety(*ignored, named) < 0.05
+    with pytest.raises(ValueError, match="two different conditions"):
+        condition_variety(*ignored, ["one"] * len(in_order))
     with pytest.raises(ValueError, match="two pictures for each of two conditions"):
         condition_variety(conditions[:1], conditions[:1])
 

@@ -319,6 +319,36 @@ def test_a_sample_without_its_other_image_or_with_another_shape_is_quarantined(t
     }
 
 
+@pytest.mark.parametrize(
+    ("told", "names", "reason"),
+    [
+        ({}, ("png",), ""),
+        ({}, ("jpg", "png"), "image: several members (jpg, png); name one with data.image"),
+        ({"image": "png"}, ("jpg", "png"), ""),
+        ({"condition_image": "jpg"}, ("jpg", "png"), ""),
+        ({"image": "photo.png", "condition_image": "sketch.png"}, ("photo.png", "sketch.png"), ""),
+        ({"image": "photo.png"}, ("png",), "image: photo.png is missing"),
+        ({}, ("photo.png",), "image: missing"),
+    ],
+)
+def test_which_image_is_meant(tmp_path, told, names, reason):
+    content = encode(np.zeros((8, 8, 3), np.uint8))
+    write_tar(tmp_path / "a.tar", [*((f"a.{name}", content) for name in names), ("a.txt", b"c")])
+    order = DataOrder(load_index(str(tmp_path), progress=False), 0, 1, 1, 1)
+    (row,) = rows(order, SampleSpec(8, **told), 0, 1)
+    assert row["reason"] == reason
+
+
+def test_captions_that_name_no_class_are_quarantined(tmp_path):
+    content = encode(np.zeros((8, 8, 3), np.uint8))
+    files = [(f"{n}.{kind}", data) for n, text in enumerate((b"cat", b"cow"))
+             for kind, data in (("png", content), ("txt", text))]  # fmt: skip
+    write_tar(tmp_path / "a.tar", files)
+    order = DataOrder(load_index(str(tmp_path), progress=False), 0, 1, 1, 1)
+    found = {row["key"]: row["reason"] for row in rows(order, SampleSpec(8, classes=("cat", "dog")), 0, 2)}
+    assert found == {"a.tar/0": "", "a.tar/1": "caption: 'cow' is not one of objective.classes"}
+
+
 def test_the_original_size_and_the_crop_are_told(tmp_path):
     wide = np.zeros((16, 48, 3), np.uint8)
     wide[:] = np.arange(48, dtype=np.uint8)[None, :, None]

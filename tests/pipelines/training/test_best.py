@@ -159,6 +159,23 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(overrides, sa
         load_config("ldm_demo", overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["best.metric=val_of_one_condition"], "better the higher it is"),
+        (["best.metric=val_collapsed", "evaluation.every=0"], "measured by evaluation.every: set it"),
+        (["best.metric=val_loss"], "how well the discriminator does, not what is drawn"),
+        (["best.metric=val_accuracy_real", "best.better=higher"], "how well the discriminator does"),
+        (["engines.discriminator.zero_stage=3"], "engines.discriminator.zero_stage to 2 or less"),
+        (["objective.generator.norm=batch", "data.micro_batch=8"], "accumulation would change it"),
+        (["objective.discriminator.channels=1", "objective.kind=pix2pix"], "discriminator"),
+    ],
+)
+def test_what_a_gan_cannot_have_is_refused_before_anything_starts(overrides, said):
+    with pytest.raises(BadRequest, match=said):
+        load_config("gan_demo", overrides)
+
+
 class _Drawer:
     """Stands in for a trainer whose objective draws pictures from the seeds alone."""
 

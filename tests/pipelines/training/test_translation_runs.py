@@ -12,7 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from PIL import Image
@@ -98,6 +100,12 @@ def test_pix2pix_trains_on_pairs_and_is_drawn_from_the_registry(train: Train, pa
         None, [1, 2], images=np.zeros((2, 16, 16, 3), np.uint8)
     )
     assert drawn.shape == (2, 16, 16, 3)
+    mlflow.set_tracking_uri(summary["tracking_uri"])
+    black = _png(np.zeros((24, 16, 3), np.uint8))
+    (png,) = mlflow.pyfunc.load_model(summary["model_uri"]).predict(pd.DataFrame({"image": [black], "seed": [1]}))[
+        "png"
+    ]
+    assert (np.asarray(Image.open(io.BytesIO(png))) == drawn[0]).all()
 
 
 def test_pairs_without_the_named_member_are_refused_with_its_name(train: Train, pairs: str) -> None:
@@ -190,6 +198,11 @@ def test_cycle_gan_draws_both_ways_and_refuses_other_shards(
     images = np.full((2, 16, 16, 3), 90, np.uint8)
     there, back = (model.draw(None, [1, 2], images=images, direction=way) for way in ("ab", "ba"))
     assert there.shape == back.shape == (2, 16, 16, 3) and (there != back).any()
+    frame = pd.DataFrame({"image": [_png(images[0])] * 2, "direction": ["ab", "ba"]})
+    mlflow.set_tracking_uri(cycled["tracking_uri"])
+    served = mlflow.pyfunc.load_model(cycled["model_uri"]).predict(frame)["png"]
+    for png, expected in zip(served, (there, back), strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(png))) == expected[0]).all()
 
     shutil.rmtree(sets[1])
     _write(Path(sets[1]), OTHER_SAMPLES, lambda _, pixels: {"png": _png(255 - pixels)})

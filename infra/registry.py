@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _REQUIREMENTS = ("mlflow", "torch", "diffusers", "transformers", "tokenizers", "safetensors", "pydantic", "pillow")
 _REFERENCE = re.compile(r"models:/(?P<name>[^/@]+)(?:/(?P<version>[^@/]*)|@(?P<alias>[^/]+))?")
 _DESCRIPTION_LENGTH = 5000  # characters of a version's description that the registry stores
+LEASE = re.compile(r"\.lease-(\d{8})$")  # ends the names of entities that are no models (see registry_lease.py)
 DEFAULT_SAMPLING = {"num_steps": 20, "guidance_scale": 2.0, "sampler": "ddim"}
 
 
@@ -210,20 +211,21 @@ def tag_version(uri: str | None, name: str, version: str, tags: Mapping[str, str
         patiently(client.set_model_version_tag, name, version, key, value)
 
 
-def resolve_model(reference: str | os.PathLike[str], uri: str | None = None) -> Path:
+def resolve_model(reference: str | os.PathLike[str], uri: str | None = None, anew: bool = False) -> Path:
     """The local export folder of a model.
 
     Args:
         reference: an export folder (local or s3://), "models:/NAME/VERSION", "models:/NAME@ALIAS", or "models:/NAME"
             for the highest version.
         uri: MLflow tracking URI, or None for the default.
+        anew: fetch a registered model again, also where it was fetched before.
 
     Raises:
         BadRequest: there is no such model; the message lists what there is.
     """
     text = str(reference)
     if text.startswith("models:"):
-        return _from_registry(text, tracking_uri(uri))
+        return _from_registry(text, tracking_uri(uri), anew)
     if storage.is_remote(text):
         storage.check_access(text)
         filesystem, path = storage.open_filesystem(text)
@@ -246,9 +248,11 @@ def _checked(folder: Path, reference: str) -> Path:
     return folder
 
 
-def _cached(key: str, fetch: Callable[[Path], Any]) -> Path:
-    """A folder under the run root that `fetch` filled, now or earlier; complete or absent."""
+def _cached(key: str, fetch: Callable[[Path], Any], anew: bool = False) -> Path:
+    """A folder under the run root that `fetch` filled, now or (but for `anew`) earlier; complete or absent."""
     target = storage.run_root() / "downloads" / hashlib.sha256(key.encode()).hexdigest()[:32]
+    if anew:
+        shutil.rmtree(target, ignore_errors=True)
     if not target.is_dir():
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         partial.mkdir(parents=True)
@@ -261,7 +265,7 @@ def _cached(key: str, fetch: Callable[[Path], Any]) -> Path:
     return target
 
 
-def _from_registry(reference: str, uri: str) -> Path:
+def _from_registry(reference: str, uri: str, anew: bool) -> Path:
     version = find_version(reference, uri)
     client = open_client(uri)
     if version.model_id:
@@ -279,6 +283,7 @@ def _from_registry(reference: str, uri: str) -> Path:
         model = _cached(
             f"{uri}\n{location}",
             lambda target: download_artifacts(location, dst_path=str(target), tracking_uri=uri, registry_uri=uri),
+            anew,
         )
         model = next(iter(model.rglob("MLmodel"))).parent
     flavors = yaml.safe_load((model / "MLmodel").read_text())["flavors"]
@@ -304,7 +309,8 @@ def find_version(reference: str, uri: str | None = None) -> ModelVersion:
     try:
         model = client.get_registered_model(name)
     except MlflowException as error:
-        names = ", ".join(sorted(found.name for found in client.search_registered_models())) or "none"
+        there = (found.name for found in client.search_registered_models())
+        names = ", ".join(sorted(found for found in there if not LEASE.search(found))) or "none"
         raise BadRequest(f"no registered model {name!r} in {uri}; there are: {names}") from error
     versions = sorted(client.search_model_versions(f"name = '{name}'"), key=lambda version: int(version.version))
     numbers = ", ".join(str(version.version) for version in versions) or "none"

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from infra.errors import BadRequest, write_summary
 from infra.exports import export_kind, folder_digest, is_unclip
+from infra.registry import find_version
 from infra.storage import run_root
 from pipelines.data.decode import BadImage, decode_image
 from pipelines.drawing_options import complete_options, drawing_options
@@ -99,9 +100,14 @@ def _finish(
 ) -> None:
     """Write the pictures and what made them."""
     origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
+    if arguments.model.startswith("models:"):  # an alias may be another version's tomorrow
+        version = find_version(arguments.model, arguments.tracking_uri)
+        origin["version"] = f"models:/{version.name}/{version.version}"
     out = Path(arguments.out).expanduser().absolute()
-    summary = {**origin, **settings, "negative_prompt": arguments.negative, "seconds": round(seconds, 2)}
-    summary |= _write(out, images, titles, seeds)
+    drawn = {**settings, "negative_prompt": arguments.negative}
+    summary = {**origin, **drawn, "seconds": round(seconds, 2)}
+    model = origin.get("version", arguments.model)
+    summary |= _write(out, images, titles, seeds, {"Model": model, "Model digest": origin["digest"]}, drawn)
     write_summary(str(out / "generate.json"), summary)
     write_summary(arguments.summary, summary)
     print(f"{len(images)} pictures in {seconds:.1f} s: {summary['grid']}")
@@ -280,17 +286,26 @@ def _draw(
             raise BadRequest(str(error)) from error
 
 
-def _write(out: Path, images: np.ndarray, prompts: list[str] | None, seeds: list[int]) -> dict[str, Any]:
-    """Write the pictures and their grid into `out`; returns the summary's `out`, `grid` and `pictures`."""
+def _write(
+    out: Path,
+    images: np.ndarray,
+    prompts: list[str] | None,
+    seeds: list[int],
+    origin: dict[str, str],
+    settings: dict[str, Any],
+) -> dict[str, Any]:
+    """Write the pictures, each with what made it, and their grid into `out`; returns the summary's `out`, `grid` and
+    `pictures`."""
     from PIL import Image
 
-    from pipelines.pictures import grid_png
+    from pipelines.pictures import grid_png, provenance
 
     out.mkdir(parents=True, exist_ok=True)
     pictures: list[dict[str, Any]] = []
     for number, (image, seed) in enumerate(zip(images, seeds, strict=True)):
         path = out / f"{number:04d}-seed-{seed}.png"
-        Image.fromarray(image).save(path)
+        facts = {**origin, "Prompt": prompts[number] if prompts else None, "Seed": seed, "Settings": settings}
+        Image.fromarray(image).save(path, pnginfo=provenance(facts))
         pictures.append({"file": path.name, "prompt": prompts[number] if prompts else None, "seed": seed})
     titles = [f"{picture['prompt'] or ''} (seed {picture['seed']})".strip() for picture in pictures]
     grid = out / "grid.png"

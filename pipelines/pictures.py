@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 _SMALLEST_SIDE = 96  # pixels on the screen; smaller pictures are enlarged without smoothing
 _GAP = 10
 _FONT_SIZE = 13
 _LINE = 17
 _BACKGROUND, _TEXT = (250, 250, 250), (32, 32, 32)
+
+
+def provenance(facts: Mapping[str, Any]) -> PngInfo:
+    """What made a picture, as text in its PNG file: `Image.open(file).text` gives it back. None is left out, and what
+    is no text is JSON."""
+    info = PngInfo()
+    info.add_itxt("Software", "genmodels")
+    for name, value in facts.items():
+        if value is not None:
+            info.add_itxt(name, value if isinstance(value, str) else json.dumps(value, default=str))
+    return info
 
 
 def grid_png(images: np.ndarray | Sequence[np.ndarray], titles: Sequence[str] = (), columns: int = 8) -> Image.Image:

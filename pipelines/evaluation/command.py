@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from pipelines.drawing_options import add_drawing_arguments, drawing_options
 
 if TYPE_CHECKING:
     from genmodels.metrics.figure import Figure
+    from pipelines.evaluation.plan import Request
 
 _KINDS = ("classifier", "inception", "dinov2", "clip")
 
@@ -29,7 +31,22 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         metavar="MODEL",
         help="models:/NAME/VERSION or @ALIAS, a run, one of its checkpoints, an export, or a folder of pictures",
     )
-    add("--count", type=int, default=2000, help="pictures to draw (default: %(default)s)")
+    add_measuring_arguments(parser, count=2000)
+    add("--lpips", metavar="FILE", help="VGG-16 and LPIPS weights (safetensors), to measure an autoencoder with")
+    add("--curve-steps", default="5,10,40", metavar="N,N", help="other numbers of steps (default: %(default)s)")
+    add("--curve-guidance", default="1,3,5", metavar="S,S", help="other guidance scales (default: %(default)s)")
+    add("--curve-count", type=int, default=100, help="pictures at each of them; 0: no curves (default: %(default)s)")
+    add("--against", metavar="FILE", help="figures.json of an earlier evaluation: say what is better and what worse")
+    add("--out", metavar="FOLDER", help="for report.html and figures.json (default: evaluation/ under the run root)")
+    add("--no-log", action="store_true", help="write nothing to MLflow")
+    add("--summary", metavar="FILE", help="write ids, paths and figures as one JSON object")
+    return parser
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser, count: int) -> None:
+    """Add how many pictures are drawn and how, what they are compared with, and what looks at them."""
+    add = parser.add_argument
+    add("--count", type=int, default=count, help="pictures to draw (default: %(default)s)")
     add("--seed", type=int, default=0, help="picture i is drawn from seed·count + i (default: %(default)s)")
     add_drawing_arguments(parser, precision="auto")
     add("--data", metavar="URL", help="shards of real pictures that no training saw (default: the run's held-out ones)")
@@ -47,17 +64,34 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         "digits (default: digits for the demo's data)",
     )
     add("--clip", metavar="PATH", help="folder, hub name or models:/NAME of a CLIP, for how well captions fit")
-    add("--lpips", metavar="FILE", help="VGG-16 and LPIPS weights (safetensors), to measure an autoencoder with")
-    add("--curve-steps", default="5,10,40", metavar="N,N", help="other numbers of steps (default: %(default)s)")
-    add("--curve-guidance", default="1,3,5", metavar="S,S", help="other guidance scales (default: %(default)s)")
-    add("--curve-count", type=int, default=100, help="pictures at each of them; 0: no curves (default: %(default)s)")
     add("--actors", type=int, help="processes that draw and measure (default: one for each GPU, else for each core)")
-    add("--against", metavar="FILE", help="figures.json of an earlier evaluation: say what is better and what worse")
-    add("--out", metavar="FOLDER", help="for report.html and figures.json (default: evaluation/ under the run root)")
     add("--tracking-uri", help="MLflow server for models:/… (default: MLFLOW_TRACKING_URI, else the local one)")
-    add("--no-log", action="store_true", help="write nothing to MLflow")
-    add("--summary", metavar="FILE", help="write ids, paths and figures as one JSON object")
-    return parser
+
+
+def request_of(arguments: argparse.Namespace, model: str) -> Request:
+    """What `add_measuring_arguments` read, for this model. Raises BadRequest where a number is out of range."""
+    options = drawing_options(arguments)
+    for name, least in (("count", 10), ("data_count", 10), ("actors", 1)):
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise BadRequest(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    from pipelines.evaluation.plan import Request
+
+    return Request(
+        model=model,
+        tracking_uri=arguments.tracking_uri,
+        count=arguments.count,
+        seed=arguments.seed,
+        options=options,
+        precision=arguments.precision,
+        data=arguments.data,
+        training_data=arguments.training_data,
+        caption=arguments.caption,
+        data_count=arguments.data_count,
+        features=arguments.features,
+        clip=arguments.clip,
+        actors=arguments.actors,
+    )
 
 
 def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -66,13 +100,9 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         BadRequest: something in the request cannot be used; the message says what to do.
     """
-    options = drawing_options(arguments)
     check_summary(arguments.summary)
-    for name, least in (("count", 10), ("data_count", 10), ("curve_count", 0), ("actors", 1)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise BadRequest(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
-    if 0 < arguments.curve_count < 10:
+    request = request_of(arguments, arguments.model)
+    if arguments.curve_count < 0 or 0 < arguments.curve_count < 10:
         raise BadRequest(f"--curve-count must be 0 or at least 10, not {arguments.curve_count}")
     settings = {
         "num_steps": _numbers("--curve-steps", arguments.curve_steps, int),
@@ -80,27 +110,14 @@ def evaluate_model(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     earlier = None if arguments.against is None else read_figures(arguments.against)
 
-    from pipelines.evaluation.plan import Request
     from pipelines.evaluation.run import evaluate
 
     summary = evaluate(
-        Request(
-            model=arguments.model,
-            tracking_uri=arguments.tracking_uri,
-            count=arguments.count,
-            seed=arguments.seed,
-            options=options,
-            precision=arguments.precision,
-            data=arguments.data,
-            training_data=arguments.training_data,
-            caption=arguments.caption,
-            data_count=arguments.data_count,
-            features=arguments.features,
-            clip=arguments.clip,
+        replace(
+            request,
             perceptual=arguments.lpips,
             curve_settings=settings,
             curve_count=arguments.curve_count,
-            actors=arguments.actors,
             out=None if arguments.out is None else Path(arguments.out).expanduser().absolute(),
             log=not arguments.no_log,
         )

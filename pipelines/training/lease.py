@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import os
-import secrets
-import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import psutil
 from filelock import FileLock
 
 from infra import storage
 from infra.errors import BadRequest, RunFailed
+from infra.owner import is_alive, new_owner
 from pipelines.training.run_folder import RunFolder
 
 HEARTBEAT_SECONDS = 10.0
@@ -32,12 +30,7 @@ class Lease:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self.owner = {
-            "token": secrets.token_hex(8),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "started": psutil.Process().create_time(),
-        }
+        self.owner = new_owner()
         self._ended, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
@@ -45,7 +38,7 @@ class Lease:
         """Raises BadRequest where another launch of the run is alive."""
         with self._one_at_a_time():
             other = self.folder.read("lease.json")
-            if other is not None and self._alive(other):
+            if other is not None and is_alive(other, self.owner, EXPIRY_SECONDS):
                 raise BadRequest(
                     f"{self.folder.url} is being trained by process {other['pid']} on {other['host']}: "
                     f"wait for it, or stop it and try again after {EXPIRY_SECONDS:.0f} s"
@@ -99,11 +92,3 @@ class Lease:
                     self._write()
             except Exception as error:  # of storage, which may answer again before the lease expires
                 print(f"{self.folder.url}: the lease could not be renewed ({error}); trying again", file=sys.stderr)
-
-    def _alive(self, other: dict) -> bool:
-        if other["host"] == self.owner["host"]:
-            try:
-                return psutil.Process(other["pid"]).create_time() == other["started"]
-            except psutil.NoSuchProcess:
-                return False
-        return time.time() - other["renewed"] < EXPIRY_SECONDS

@@ -172,6 +172,16 @@ def test_prompts_seeds_and_files(run, export, tmp_path):
     assert summary["num_steps"] == 2 and summary["model"] == str(export) and len(summary["digest"]) == 64
 
 
+def test_a_picture_says_what_made_it(run, export):
+    code, _, summary = run("--model", export, "a réd seven", "--seeds", "3,4", "--guidance-scale", "1.5")
+    assert code == 0
+    for picture in summary["pictures"]:
+        told = Image.open(Path(summary["out"]) / picture["file"]).text
+        assert (told["Model"], told["Prompt"], told["Seed"]) == (str(export), "a réd seven", str(picture["seed"]))
+        assert told["Model digest"] == summary["digest"] and told["Software"] == "genmodels"
+        assert json.loads(told["Settings"])["guidance_scale"] == 1.5
+
+
 def test_a_picture_depends_on_its_prompt_and_seed_only(run, export):
     together = run("a blue one", "a red seven", "--seed", "4", "--model", export)[2]
     first, second = pixels(together, 0), pixels(together, 1)

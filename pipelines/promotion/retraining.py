@@ -1,0 +1,144 @@
+"""What `retrain.py` does once its arguments are read: look for new data, train, judge, promote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+from functools import partial
+from typing import Any
+
+from infra.errors import BadRequest, check_summary, write_summary
+from infra.mlflow_store import check_tracking, open_client
+from infra.promotion import champion_of
+from infra.registry import find_version
+from pipelines.data.index import build_index, scan_here
+from pipelines.evaluation.command import add_measuring_arguments, request_of
+from pipelines.promotion.command import read_gates, show
+from pipelines.training.config import TrainConfig, load_config
+from pipelines.training.run_folder import RunFolder
+
+_MODEL = re.compile(r"(models:/)?(?P<name>[^/:@']+)")
+
+
+def argument_parser(description: str = "") -> argparse.ArgumentParser:
+    """The arguments of `retrain.py`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="models:/NAME: of the champion, and of what is trained now")
+    add("preset", help="YAML file, or a preset's name: how it is trained")
+    add("overrides", nargs="*", metavar="dotted.key=value", help="replaces a value of the preset; values are YAML")
+    add("--period", help="names the run, with the model (default: today's date, UTC); the same one goes on")
+    add(
+        "--from",
+        dest="start",
+        choices=("champion", "scratch"),
+        default="champion",
+        help="weights to begin with (default: %(default)s; from scratch where there is no champion)",
+    )
+    add("--samples", type=int, help="samples to train on, in whole steps (default: the preset's run.steps)")
+    add("--again", action="store_true", help="also on data on which a version was trained, and refused")
+    add("--gates", metavar="FILE", help="YAML file with gates that replace the defaults of promote.py")
+    add("--gate", action="append", default=[], metavar="key=value", help="replaces a gate; may be given more than once")
+    add_measuring_arguments(parser, count=1000)
+    add("--summary", metavar="FILE", help="write decision, reason, ids and figures as one JSON object")
+    return parser
+
+
+def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and promote where there is something new; prints and returns the summary.
+
+    Raises:
+        BadRequest: something in the request cannot be used, or the run of this period is going on elsewhere.
+        RunFailed: training failed; the message gives the first cause. The champion stays.
+    """
+    check_summary(arguments.summary)
+    gates = read_gates(arguments.gates, arguments.gate)
+    uri = check_tracking(arguments.tracking_uri)
+    named = _MODEL.fullmatch(arguments.model)
+    if named is None:
+        raise BadRequest(
+            f"{arguments.model}: write models:/NAME; which version is trained from is the champion's alias"
+        )
+    name = named["name"]
+    request = request_of(arguments, f"models:/{name}")
+    champion = _champion(uri, name)
+    config = _configure(arguments, uri, name, champion)
+    summary: dict[str, Any] = {"model": name, "run": config.run.name, "champion": champion, "promoted": False}
+    index = build_index(
+        config.data.url, partial(scan_here, progress=False), RunFolder.of(config).path("index")
+    )  # reads new shards alone
+    reason = _nothing_new(uri, name, champion, index.digest, arguments.again)
+    if reason is not None:
+        summary |= {"event": "nothing_new", "outcome": "nothing new", "reason": reason}
+        print(f"{name}: {reason}", flush=True)
+        write_summary(arguments.summary, summary)
+        return summary
+    print(f"{name}: {index.samples} samples, {_since(uri, name, champion)}; run {config.run.name}", flush=True)
+    from pipelines.promotion.run import decide
+    from pipelines.training.launch import train
+
+    trained = train(config)
+    version = trained["model_uri"].rpartition("/")[2]
+    decided = decide(uri, name, version, gates, request)
+    show(decided)
+    summary |= decided | {"run_folder": trained["run_folder"], "mlflow_run_id": trained["mlflow_run_id"]}
+    write_summary(arguments.summary, summary)
+    return summary
+
+
+def _champion(uri: str, name: str) -> str | None:
+    """The champion's version; None where there is none, or no such model yet."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        open_client(uri).get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    return champion_of(uri, name)
+
+
+def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str | None) -> TrainConfig:
+    """The configuration of the period's run; its first launch has settled where it begins."""
+    period = arguments.period or time.strftime("%Y-%m-%d", time.gmtime())
+    fixed = [f"run.name={name}-{period}", f"tracking.register_as={name}", f"tracking.uri={json.dumps(uri)}"]
+    theirs = tuple(assignment.partition("=")[0] + "=" for assignment in fixed)
+    if told := [text for text in arguments.overrides if text.startswith((*theirs, "run.init_from="))]:
+        raise BadRequest(f"retraining sets run.name, run.init_from and tracking itself: leave out {', '.join(told)}")
+    config = load_config(arguments.preset, [*arguments.overrides, *fixed])
+    if arguments.samples is not None:
+        if arguments.samples < config.data.global_batch_size:
+            raise BadRequest(f"--samples {arguments.samples}: a step alone takes {config.data.global_batch_size}")
+        fixed.append(f"run.steps={arguments.samples // config.data.global_batch_size}")
+    folder = RunFolder.of(config)
+    begun = folder.read("config.json")
+    start = None if champion is None or arguments.start == "scratch" else f"models:/{name}/{champion}"
+    if begun is not None:
+        start = begun["run"]["init_from"]
+    fixed.append(f"run.init_from={json.dumps(start)}")
+    return load_config(arguments.preset, [*arguments.overrides, *fixed])
+
+
+def _nothing_new(uri: str, name: str, champion: str | None, digest: str, again: bool) -> str | None:
+    """Why there is nothing to train; None where there is something."""
+    if champion is None:
+        return None
+    if find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest") == digest:
+        return f"nothing new since champion {champion} was trained"
+    if again:
+        return None
+    for version in open_client(uri).search_model_versions(f"name = '{name}'"):
+        refused = [told for key, told in version.tags.items() if key.startswith("decision.") and told[:8] == "refused:"]
+        if version.tags.get("index_digest") == digest and refused:
+            return f"nothing new since version {version.version}, which was {refused[-1]} (train on them --again?)"
+    return None
+
+
+def _since(uri: str, name: str, champion: str | None) -> str:
+    if champion is None:
+        return "and no champion yet"
+    known = find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest", "")
+    return f"other than those of champion {champion} (index {known[:12]})"

@@ -1,0 +1,85 @@
+"""`retrain.py` through Ray: nothing new, new shards, a worse result, and the same period typed again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from infra.errors import BadRequest
+from infra.mlflow_store import open_client
+from pipelines.promotion.retraining import argument_parser, retrain
+from pipelines.training.lease import Lease
+from pipelines.training.run_folder import RunFolder
+from tests.pipelines.training import small_run
+
+pytestmark = pytest.mark.slow
+MEASURED = ["--count", "24", "--num-steps", "2", "--features", "digits", "--actors", "2"]
+OPEN = {"share_of_real": "{}", "not_worse": "[]", "copies": "false", "slice_loss": "1", "improve": "frechet_distance"}
+
+
+@pytest.fixture
+def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RUN_ROOT", str(run_root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    held_out, shards = tmp_path / "held_out", tmp_path / "train"
+    small_run.write_digits(str(held_out), 40)
+    small_run.write_digits(str(shards), 64)
+
+    def call(*arguments: str, samples: int = 96, **gates: str) -> dict[str, Any]:
+        told = [part for key, value in (OPEN | gates).items() for part in ("--gate", f"{key}={value}")]
+        command = ["models:/again", str(preset), f"data.url={shards}", f"data.validation_url={held_out}"]
+        command += ["run.checkpoint_every=3", "--samples", str(samples), *arguments, *MEASURED, *told]
+        return retrain(argument_parser().parse_args([*command, "--summary", str(tmp_path / "summary.json")]))
+
+    call.shards = shards  # type: ignore[attr-defined]
+    return call
+
+
+def test_a_model_is_trained_again_where_its_data_have_grown(
+    run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run("--period", "one")
+    assert (first["event"], first["promoted"], first["champion"]) == ("first", True, "1")
+    assert json.loads((tmp_path / "summary.json").read_text())["run"] == "again-one"
+    for period in ("one", "two"):
+        skipped = run("--period", period)
+        assert (skipped["event"], skipped["promoted"]) == ("nothing_new", False)
+        assert skipped["reason"] == "nothing new since champion 1 was trained"
+    assert not (run_root / "again-two").exists()
+
+    small_run.write_digits(str(run.shards / "more"), 32)
+    (run.shards / "more" / "00000.tar").rename(run.shards / "more-00000.tar")
+    capsys.readouterr()
+    worse = run("--period", "two", improve_by="1e9")
+    assert "96 samples, other than those of champion 1" in capsys.readouterr().out
+    assert (worse["event"], worse["outcome"], worse["champion"]) == ("refused", "refused", "1")
+    client = open_client(None)
+    version = client.get_model_version("again", worse["version"])
+    assert version.tags["init_from"] == "models:/again/1" and RunFolder(worse["run_folder"]).config().run.steps == 6
+    known = run("--period", "three")
+    assert known["event"] == "nothing_new"
+    assert known["reason"].startswith("nothing new since version 2, which was refused: better frechet_distance")
+
+    scratch = run("--period", "four", "--again", "--from", "scratch", improve_by="1e9")
+    assert scratch["version"] == "3" and RunFolder(scratch["run_folder"]).config().run.init_from is None
+    # Judged by other gates; the run of the period is finished, and so is not trained once more.
+    judged = run("--period", "two", "--again", certain="false", improve="precision", improve_by="1")
+    assert (judged["version"], judged["event"]) == ("2", "refused") and "better precision" in judged["reason"]
+    assert len(client.search_model_versions("name = 'again'")) == 3
+
+
+def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: Path) -> None:
+    busy = pytest.raises(BadRequest, match="again-busy is being trained by process")
+    with Lease(RunFolder(str(run_root / "again-busy"))), busy:
+        run("--period", "busy", "--again")
+    for arguments, match in (
+        (["run.name=mine"], "leave out run.name=mine"),
+        (["--gate", "improve_bye=1"], "did you mean improve_by"),
+    ):
+        with pytest.raises(BadRequest, match=match):
+            run(*arguments)
+    with pytest.raises(BadRequest, match="a step alone takes 16"):
+        run(samples=3)

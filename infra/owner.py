@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+_HUNG = 10  # times the expiry: a process of this machine that has not renewed its lease for so long is not at work
+
 
 def new_owner() -> dict[str, str]:
     """What tells this process from all others, for the record of a lease."""
@@ -27,9 +29,12 @@ def is_alive(other: Mapping[str, Any], own: Mapping[str, Any], expiry_seconds: f
 
     On this machine it is looked for among the processes; elsewhere it has to renew its lease in time.
     """
-    if other["host"] == own["host"]:
-        try:
-            return psutil.Process(int(other["pid"])).create_time() == float(other["started"])
-        except psutil.NoSuchProcess:
-            return False
-    return time.time() - float(other["renewed"]) < expiry_seconds
+    since = time.time() - float(other["renewed"])
+    if other["host"] != own["host"]:
+        return since < expiry_seconds
+    try:
+        process = psutil.Process(int(other["pid"]))
+        gone = process.status() == psutil.STATUS_ZOMBIE  # killed, and nobody took note
+        return not gone and process.create_time() == float(other["started"]) and since < _HUNG * expiry_seconds
+    except psutil.NoSuchProcess:
+        return False

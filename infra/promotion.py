@@ -7,12 +7,13 @@ changes are made under the model's lease, in an order in which every single step
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from infra.errors import BadRequest
+from infra.errors import BadRequest, RunFailed
 from infra.exports import folder_digest
 from infra.mlflow_store import open_client, patiently
 from infra.registry import find_version, resolve_model
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous_champion", "challenger"
 _DECISION = "decision."  # tags of the registered model, and the number of the lease under which it was made
 _LINEAGE = ("export_digest", "index_digest", "seed", "steps", "git_commit")
+LEFT = "rolled back"  # what the tag of a version begins with that was the champion, and is left
 _TAG_LENGTH = 5000  # characters that the registry stores
 
 
@@ -79,13 +81,15 @@ def verify_version(uri: str | None, name: str, version: str) -> ModelVersion:
 
 def challenge(lease: RegistryLease, version: str) -> None:
     """Mark a verified version as the one that is judged."""
-    lease.check()
-    patiently(open_client(lease.uri).set_registered_model_alias, lease.name, CHALLENGER, version)
+    lease.write(open_client(lease.uri).set_registered_model_alias, lease.name, CHALLENGER, version)
 
 
 def withdraw(lease: RegistryLease) -> None:
-    """No version is judged any more."""
-    _drop(lease, CHALLENGER)
+    """No version is judged any more; what another promotion marked, which has taken over, stays."""
+    try:
+        _drop(lease, CHALLENGER)
+    except RunFailed as error:
+        print(f"{lease.name}: {error}", file=sys.stderr)
 
 
 def conclude(
@@ -93,7 +97,8 @@ def conclude(
 ) -> Decision:
     """Record a decision of a judged version and, where the event is first or better, make it the champion.
 
-    `details` go, with the decision, to the run that trained the version, as promotion/decision-NUMBER.json.
+    `details` go, with the decision, to the run that trained the version, as promotion/decision-NUMBER.json. Raises
+    RunFailed where another promotion took over; the champion is then whichever that one chose.
     """
     client, name = open_client(lease.uri), lease.name
     before = _aliases(lease.uri, name).get(CHAMPION)
@@ -101,13 +106,11 @@ def conclude(
     begun = Decision(
         lease.number, event, version, promoted, reason, before, version if promoted else before, time.time(), "begun"
     )
-    lease.check()
     _record(lease, begun)
     if promoted:
-        if before is not None and before != version:
-            patiently(client.set_registered_model_alias, name, PREVIOUS, before)
-        lease.check()
-        patiently(client.set_registered_model_alias, name, CHAMPION, version)
+        if before is not None and before != version and _verified(lease, before):
+            lease.write(client.set_registered_model_alias, name, PREVIOUS, before)
+        lease.write(client.set_registered_model_alias, name, CHAMPION, version)
     withdraw(lease)
     return _finish(lease, begun, details)
 
@@ -124,16 +127,12 @@ def roll_back(lease: RegistryLease) -> Decision:
     if target is None or target == now:
         raise BadRequest(f"{name}: there is no previous champion to go back to")
     verify_version(lease.uri, name, target)
+    earlier = _earlier(lease, target)
     reason = f"rolled back from version {now} to version {target}"
     begun = Decision(lease.number, "rollback", target, False, reason, now, target, time.time(), "begun")
-    lease.check()
     _record(lease, begun)
-    patiently(client.set_registered_model_alias, name, CHAMPION, target)
-    earlier = _champion_before(history(lease.uri, name), target)
-    if earlier is None:
-        _drop(lease, PREVIOUS)
-    else:
-        patiently(client.set_registered_model_alias, name, PREVIOUS, earlier)
+    lease.write(client.set_registered_model_alias, name, CHAMPION, target)
+    _set_previous(lease, earlier)
     return _finish(lease, begun, None)
 
 
@@ -145,57 +144,98 @@ def history(uri: str | None, name: str) -> list[Decision]:
 
 
 def mend(lease: RegistryLease) -> list[Decision]:
-    """Finish the record of decisions that were cut off: what became of them can be seen from the aliases."""
+    """Finish what decisions that were cut off left undone: what became of them can be seen from the aliases."""
     champion, mended = _aliases(lease.uri, lease.name).get(CHAMPION), []
     for decision in history(lease.uri, lease.name):
         if decision.state == "begun":
             happened = decision.champion == champion
-            told = Decision(
-                **{
-                    **asdict(decision),
-                    "promoted": decision.promoted and happened,
-                    "champion": champion,
-                    "reason": f"{decision.reason} ({'finished' if happened else 'cut off'} before it was recorded)",
-                    "state": "done",
-                }
+            how = "went through, and was cut off before it was recorded" if happened else "was cut off before it"
+            told = replace(
+                decision,
+                promoted=decision.promoted and happened,
+                champion=champion,
+                reason=f"{decision.reason} ({how})",
             )
-            _record(lease, told)
-            mended.append(told)
+            mended.append(_finish(lease, told, None))
+    # Cut off between the two aliases, they are of one version.
+    if mended and champion is not None and _aliases(lease.uri, lease.name).get(PREVIOUS) == champion:
+        _set_previous(lease, _earlier(lease, champion))
     return mended
 
 
-def _champion_before(decisions: list[Decision], version: str) -> str | None:
-    """Whom a version replaced when it was promoted."""
-    for decision in reversed(decisions):
-        if decision.promoted and decision.version == version and decision.state == "done":
-            return decision.before
-    return None
+def champions(decisions: list[Decision]) -> list[str]:
+    """Versions that a rollback leads to, one after the other, the latest champion last."""
+    stack: list[str] = []
+    for decision in decisions:
+        if decision.event == "rollback" and decision.champion in stack:
+            while stack[-1] != decision.champion:
+                stack.pop()
+        elif decision.promoted and decision.state == "done":
+            stack.append(decision.version)
+    return stack
 
 
-def _finish(lease: RegistryLease, begun: Decision, details: Mapping[str, Any] | None) -> Decision:
-    done = Decision(**{**asdict(begun), "state": "done"})
+def _earlier(lease: RegistryLease, version: str) -> str | None:
+    """The champion before a version, by the record: the latest that is still there as it was registered."""
+    stack = champions(history(lease.uri, lease.name))
+    while stack and stack.pop() != version:
+        continue
+    return next((each for each in reversed(stack) if each != version and _verified(lease, each)), None)
+
+
+def _verified(lease: RegistryLease, version: str) -> bool:
+    try:
+        verify_version(lease.uri, lease.name, version)
+    except BadRequest:
+        return False
+    return True
+
+
+def _set_previous(lease: RegistryLease, version: str | None) -> None:
+    """Or none, where there was none."""
+    if version is None:
+        _drop(lease, PREVIOUS)
+    else:
+        lease.write(open_client(lease.uri).set_registered_model_alias, lease.name, PREVIOUS, version)
+
+
+def _finish(lease: RegistryLease, decision: Decision, details: Mapping[str, Any] | None) -> Decision:
+    """Tag the version, and the one that was left, keep the artifact, and then call the decision done."""
+    from mlflow.exceptions import MlflowException
+
+    client, name, done = open_client(lease.uri), lease.name, replace(decision, state="done")
+    told = {done.version: f"{done.event}: {done.reason}"}
+    if done.event == "rollback" and done.before is not None:
+        told[done.before] = f"{LEFT}: {done.reason}"
+    for version, text in told.items():
+        try:
+            lease.write(client.set_model_version_tag, name, version, _key(done), text[:_TAG_LENGTH])
+            run_id = find_version(f"models:/{name}/{version}", lease.uri).run_id
+        except (BadRequest, MlflowException):  # it was deleted meanwhile
+            continue
+        artifact = f"promotion/{_key(done).replace('.', '-')}.json"
+        kept = [] if details is not None or not run_id else patiently(client.list_artifacts, run_id, "promotion")
+        if run_id and version == done.version and artifact not in [file.path for file in kept]:
+            content = {**asdict(done), "details": dict(details or {})}
+            lease.write(client.log_dict, run_id, content, artifact)
     _record(lease, done)
-    client = open_client(lease.uri)
-    told = f"{done.event}: {done.reason}"[:_TAG_LENGTH]
-    patiently(client.set_model_version_tag, lease.name, done.version, f"{_DECISION}{done.number:08d}", told)
-    run_id = find_version(f"models:/{lease.name}/{done.version}", lease.uri).run_id
-    if run_id:
-        content = {**asdict(done), "details": dict(details or {})}
-        patiently(client.log_dict, run_id, content, f"promotion/decision-{done.number:08d}.json")
     return done
 
 
 def _record(lease: RegistryLease, decision: Decision) -> None:
-    room = _TAG_LENGTH - len(json.dumps(asdict(Decision(**{**asdict(decision), "reason": ""}))))
-    kept = Decision(**{**asdict(decision), "reason": decision.reason[: room // 6]})  # an escaped character takes six
-    text = json.dumps(asdict(kept))
+    room = _TAG_LENGTH - len(json.dumps(asdict(replace(decision, reason=""))))
+    kept = replace(decision, reason=decision.reason[: room // 6])  # an escaped character takes six
     client = open_client(lease.uri)
-    patiently(client.set_registered_model_tag, lease.name, f"{_DECISION}{decision.number:08d}", text)
+    lease.write(client.set_registered_model_tag, lease.name, _key(decision), json.dumps(asdict(kept)))
+
+
+def _key(decision: Decision) -> str:
+    return f"{_DECISION}{decision.number:08d}"
 
 
 def _drop(lease: RegistryLease, alias: str) -> None:
     if alias in _aliases(lease.uri, lease.name):
-        patiently(open_client(lease.uri).delete_registered_model_alias, lease.name, alias)
+        lease.write(open_client(lease.uri).delete_registered_model_alias, lease.name, alias)
 
 
 def _aliases(uri: str | None, name: str) -> dict[str, str]:

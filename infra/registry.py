@@ -251,14 +251,17 @@ def _checked(folder: Path, reference: str) -> Path:
 def _cached(key: str, fetch: Callable[[Path], Any], anew: bool = False) -> Path:
     """A folder under the run root that `fetch` filled, now or (but for `anew`) earlier; complete or absent."""
     target = storage.run_root() / "downloads" / hashlib.sha256(key.encode()).hexdigest()[:32]
-    if anew:
-        shutil.rmtree(target, ignore_errors=True)
-    if not target.is_dir():
+    if anew or not target.is_dir():
         partial = target.with_name(f"{target.name}.{uuid.uuid4().hex}.tmp")
         partial.mkdir(parents=True)
         try:
             fetch(partial)
-            if not target.is_dir():
+            if anew and target.is_dir():
+                old = target.with_name(f"{partial.name}.old")
+                os.replace(target, old)
+                os.replace(partial, target)
+                shutil.rmtree(old, ignore_errors=True)
+            elif not target.is_dir():
                 os.replace(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)

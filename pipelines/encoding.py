@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,11 +13,11 @@ import numpy as np
 
 from infra import storage
 from infra.errors import BadRequest, RunFailed, check_summary, write_summary
-from pipelines.data.actors import map_by_actors
 from pipelines.data.decode import BadImage, decode_image
 from pipelines.data.index import DatasetIndex, Location, load_index, write_index
+from pipelines.data.made import begin, facts_of, make_over_ray, written
 from pipelines.data.read import read_chunks
-from pipelines.data.scan import ShardFacts, ShardScan, sidecar_name
+from pipelines.data.scan import ShardFacts
 from pipelines.data.spec import SampleSpec
 from pipelines.data.write import ShardBuffer
 from pipelines.training.embeddings import ENCODERS, as_npy
@@ -137,30 +135,33 @@ def encode(
         "keep": list(encoders.keep),
         "half": encoders.half,
     }
-    _begin(folder, json.loads(json.dumps(request)), overwrite, by)
+    request = json.loads(json.dumps(request))
+    begin(folder, REQUEST, request, overwrite, "encode_latents.py", also=(ENCODERS,), by=by)
     names = [new_name(name) for name in index.names]
     if len(set(names)) < len(names):
         raise BadRequest(
             f"{data}: shards in different folders have names that cannot stand beside each other: rename one"
         )
-    written_before = {name: _written(folder, name, index.chunk_samples) for name in names}
+    written_before = {name: written(folder, name, index.chunk_samples) for name in names}
     done = {name: scan.facts for name, scan in written_before.items() if scan is not None}
     bad = sum(len(scan.flaws) for scan in written_before.values() if scan is not None)
     missing = [shard for shard, name in enumerate(names) if name not in done]
     if missing:
-        for name, facts, unusable in _over_ray(index, folder, encoders, missing, actors, gpus):
-            done[name], bad = facts, bad + unusable
+        rows, samples = [{"shard": shard} for shard in missing], int(index.shard_samples[missing].sum())
+        shared = (index, folder, encoders)
+        for made, facts in make_over_ray(rows, ShardEncoder, shared, folder, "encoding", samples, actors, gpus):
+            done[made["name"]], bad = facts, bad + made["bad"]
     if bad > max(3, _MOST_BAD * index.samples):
         raise RunFailed(f"{bad} of {index.samples} images of {data} cannot be used: run training on it, which says why")
     storage.write_bytes(storage.join(folder, ENCODERS), json.dumps(encoders.describe(), indent=2).encode())
-    written = write_index(Location(folder, "*.tar"), folder, done, index.chunk_samples)
+    new_index = write_index(Location(folder, "*.tar"), folder, done, index.chunk_samples)
     return {
         "url": folder,
-        "samples": written.samples,
-        "shards": len(written.names),
+        "samples": new_index.samples,
+        "shards": len(new_index.names),
         "written": len(missing),
         "without_arrays": bad,
-        "index_digest": written.digest,
+        "index_digest": new_index.digest,
         "encoders": encoders.describe(),
     }
 
@@ -197,73 +198,9 @@ def _absolute(url: str) -> str:
         raise BadRequest(str(error)) from None
 
 
-def _begin(folder: str, request: dict[str, Any], overwrite: bool, by: str | None) -> None:
-    """Say in the folder what is being written there. Raises BadRequest where it holds something else."""
-    path = storage.join(folder, REQUEST)
-    storage.check_access(folder, write=True)
-    if storage.exists(path):
-        known = json.loads(storage.read_bytes(path))
-        if {key: known.get(key) for key in request} == request:
-            return
-        different = ", ".join(key for key in request if known.get(key) != request[key])
-        if not overwrite:
-            raise BadRequest(
-                f"{folder} holds shards of another request (other {different}): name another folder, remove this one, "
-                "or write it again by encode_latents.py --overwrite"
-            )
-    filesystem, local = storage.open_filesystem(folder)
-    others = [name for pattern in ("*.tar", "index*.json") for name in filesystem.glob(f"{local}/{pattern}")]
-    if others and not overwrite and not storage.exists(path):
-        raise BadRequest(f"{folder} holds other shards: name another folder, or --overwrite")
-    for pattern in ("index*.json", "*.tar.index*.json", "*.tar", ENCODERS):
-        for name in filesystem.glob(f"{local}/{pattern}"):
-            filesystem.rm_file(name)
-    storage.write_bytes(path, json.dumps({**request, "by": by}, indent=2).encode())
-
-
 def new_name(name: str) -> str:
     """What a shard is called in the new folder, which has no folders in it: a/b.tar is a--b.tar there."""
     return name.replace("/", "--")
-
-
-def _written(folder: str, name: str, chunk_samples: int) -> ShardScan | None:
-    """A shard that is complete: its sidecar is written last."""
-    path = storage.join(folder, sidecar_name(name, chunk_samples))
-    return ShardScan.from_json(storage.read_bytes(path)) if storage.exists(path) else None
-
-
-def _over_ray(
-    index: DatasetIndex, folder: str, encoders: Encoders, shards: Sequence[int], actors: int | None, gpus: bool
-) -> Any:
-    """Encode shards, each by one actor; yields name, facts and how many images were bad, as they are done."""
-    import psutil
-    import ray
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from pipelines.training import cluster
-
-    count = actors or (psutil.cpu_count(logical=False) or os.cpu_count() or 1)
-    cluster.join(count)
-    if gpus and actors is None:
-        count = int(ray.cluster_resources().get("GPU", 0))
-        if not count:
-            raise BadRequest("--gpus: Ray has no GPU")
-    count = min(count, len(shards))
-    cluster.check_shared(folder, "OUT")
-    shared = ray.put((index, folder, encoders))
-    columns = (TextColumn("encoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        row = bar.add_task("samples", total=int(index.shard_samples[list(shards)].sum()))
-        rows = [{"shard": shard} for shard in shards]
-        stream = map_by_actors(rows, ShardEncoder, shared, count, gpus)
-        try:
-            for found in stream.iter_rows():
-                bar.advance(row, found["samples"])
-                facts = ShardFacts(**{name: found[name] for name in ShardFacts._fields})
-                yield found["name"], facts, found["bad"]
-        except ray.exceptions.RayTaskError as error:
-            raise (error.cause if isinstance(error.cause, Exception) else error) from None
 
 
 class ShardEncoder:
@@ -284,7 +221,7 @@ class ShardEncoder:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         name, facts, bad = encode_shard(self._index, int(batch["shard"][0]), self._folder, self._encoders, self._device)
-        return {"name": [name], "bad": [bad], **{key: [value] for key, value in facts._asdict().items()}}
+        return facts_of(facts, name=name, bad=bad)
 
 
 def encode_shard(

@@ -230,6 +230,22 @@ def build_index(
     return write_index(location, root, dict(scan(location, root, list(sizes), chunk_samples)), chunk_samples)
 
 
+def refresh_index(url: str, index_root: str | None = None) -> DatasetIndex:
+    """The index of the dataset at `url` as its shards are now: where some were added or changed, these are read here,
+    into chunks of as many samples as the others have. Raises BadRequest as `load_index` does."""
+    location = Location.parse(url)
+    sizes = location.shards()
+    for root in _roots(location, index_root):
+        raw = _read_index(location, root)
+        if raw is None:
+            continue
+        if {shard["name"]: shard["bytes"] for shard in raw["shards"]} == sizes:
+            return _to_index(location, root, raw)
+        facts = dict(scan_here(location, root, list(sizes), raw["chunk_samples"], progress=False))
+        return write_index(location, root, facts, raw["chunk_samples"])
+    return load_index(url, index_root, progress=False)
+
+
 def scan_here(
     location: Location,
     root: str,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from infra.errors import BadRequest, check_summary, write_summary
 from infra.mlflow_store import check_tracking
-from infra.promotion import Decision, champion_of, history, roll_back
+from infra.promotion import Decision, champion_of, history, mend, roll_back
 from infra.registry import find_version
 from infra.registry_lease import RegistryLease
 from pipelines.evaluation.command import add_measuring_arguments, request_of
@@ -38,6 +38,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
     add("--gates", metavar="FILE", help="YAML file with gates that replace the defaults")
     add("overrides", nargs="*", metavar="key=value", help="replaces a gate; values are YAML")
     add("--dry-run", action="store_true", help="measure and say what would be decided; nothing is moved or recorded")
+    add("--anew", action="store_true", help="judge it by itself, where the champion is lost or cannot be compared with")
     add("--rollback", action="store_true", help="make the previous champion the champion again")
     add("--history", action="store_true", help="list all decisions, and stop")
     add_measuring_arguments(parser, count=1000)
@@ -63,13 +64,15 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         show_history(name, history(uri, name), champion_of(uri, name))
     elif arguments.rollback:
         with RegistryLease(uri, name) as lease:
+            mend(lease)
             decision = roll_back(lease)
         summary = {"model": name, "outcome": "rolled back", **asdict(decision)}
         Console(soft_wrap=True).print(f"{name}: {decision.reason}", highlight=False)
     else:
         from pipelines.promotion.run import decide
 
-        summary = decide(uri, name, number, gates, request_of(arguments, f"models:/{name}/{number}"), arguments.dry_run)
+        request = request_of(arguments, f"models:/{name}/{number}")
+        summary = decide(uri, name, number, gates, request, arguments.dry_run, arguments.anew)
         show(summary)
     write_summary(arguments.summary, summary)
     return summary

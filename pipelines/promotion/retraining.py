@@ -6,19 +6,22 @@ import argparse
 import json
 import re
 import time
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadRequest, check_summary, write_summary
 from infra.mlflow_store import check_tracking, open_client
-from infra.promotion import champion_of
+from infra.promotion import LEFT, champion_of, verify_version
 from infra.registry import find_version
-from pipelines.data.index import build_index, scan_here
+from pipelines.data.index import refresh_index
 from pipelines.evaluation.command import add_measuring_arguments, request_of
 from pipelines.promotion.command import read_gates, show
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.run_folder import RunFolder
 
+if TYPE_CHECKING:
+    from pipelines.evaluation.plan import Request
+
+_JUDGED = ("latent_diffusion", "gan", "attn_gan", "pix2pix")
 _MODEL = re.compile(r"(models:/)?(?P<name>[^/:@']+)")
 
 
@@ -66,9 +69,14 @@ def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
     champion = _champion(uri, name)
     config = _configure(arguments, uri, name, champion)
     summary: dict[str, Any] = {"model": name, "run": config.run.name, "champion": champion, "promoted": False}
-    index = build_index(
-        config.data.url, partial(scan_here, progress=False), RunFolder.of(config).path("index")
-    )  # reads new shards alone
+    _check_judgeable(config, request)
+    if champion is not None:
+        verify_version(uri, name, champion)
+    indexes = RunFolder.of(config).path("index")
+    index = refresh_index(config.data.url, indexes)
+    for url in (config.data.validation_url, config.data.other_url, config.data.other_validation_url):
+        if url is not None:
+            refresh_index(url, indexes)
     reason = _nothing_new(uri, name, champion, index.digest, arguments.again)
     if reason is not None:
         summary |= {"event": "nothing_new", "outcome": "nothing new", "reason": reason}
@@ -104,7 +112,8 @@ def _champion(uri: str, name: str) -> str | None:
 def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str | None) -> TrainConfig:
     """The configuration of the period's run; its first launch has settled where it begins."""
     period = arguments.period or time.strftime("%Y-%m-%d", time.gmtime())
-    fixed = [f"run.name={name}-{period}", f"tracking.register_as={name}", f"tracking.uri={json.dumps(uri)}"]
+    own = {"run.name": f"{name}-{period}", "tracking.register_as": name, "tracking.uri": uri}
+    fixed = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     theirs = tuple(assignment.partition("=")[0] + "=" for assignment in fixed)
     if told := [text for text in arguments.overrides if text.startswith((*theirs, "run.init_from="))]:
         raise BadRequest(f"retraining sets run.name, run.init_from and tracking itself: leave out {', '.join(told)}")
@@ -124,17 +133,30 @@ def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str
 
 def _nothing_new(uri: str, name: str, champion: str | None, digest: str, again: bool) -> str | None:
     """Why there is nothing to train; None where there is something."""
-    if champion is None:
-        return None
-    if find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest") == digest:
-        return f"nothing new since champion {champion} was trained"
+    if champion is not None:
+        known = find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest")
+        if known == digest:
+            return f"nothing new since champion {champion} was trained"
     if again:
         return None
     for version in open_client(uri).search_model_versions(f"name = '{name}'"):
-        refused = [told for key, told in version.tags.items() if key.startswith("decision.") and told[:8] == "refused:"]
-        if version.tags.get("index_digest") == digest and refused:
-            return f"nothing new since version {version.version}, which was {refused[-1]} (train on them --again?)"
+        told = [text for key, text in sorted(version.tags.items()) if key.startswith("decision.")]
+        if version.tags.get("index_digest") == digest and told and told[-1].startswith(("refused:", f"{LEFT}:")):
+            return f"nothing new since version {version.version}, which was {told[-1]} (train on them --again?)"
     return None
+
+
+def _check_judgeable(config: TrainConfig, request: Request) -> None:
+    """Raise BadRequest where what is trained could not be judged: better now than after hours."""
+    if config.objective.kind not in _JUDGED:
+        raise BadRequest(
+            f"objective.kind={config.objective.kind} is not promoted by gates, only {', '.join(_JUDGED)}: train and "
+            "register it by its own pipeline"
+        )
+    if request.data is None and config.data.validation_url is None:
+        raise BadRequest("name data.validation_url, or --data: held-out pictures to judge with")
+    if request.features is None and config.data.demo != "digits":
+        raise BadRequest("name what looks at the pictures, such as --features dinov2:FOLDER_OR_HUB_NAME")
 
 
 def _since(uri: str, name: str, champion: str | None) -> str:

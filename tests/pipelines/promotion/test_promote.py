@@ -26,7 +26,7 @@ from tests.pipelines.training import small_run
 pytestmark = pytest.mark.slow
 COUNT = 40
 SMALL = ["--count", str(COUNT), "--num-steps", "2", "--features", "digits", "--actors", "2"]
-NEARER = ["improve=frechet_distance", "share_of_real={}", "not_worse=[]", "copies=false", "slice_loss=1"]
+NEARER = ["improve=[frechet_distance]", "share_of_real={}", "not_worse=[]", "copies=false", "slice_loss=1"]
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tests.pipelines.training import small_run
 
 pytestmark = pytest.mark.slow
 MEASURED = ["--count", "24", "--num-steps", "2", "--features", "digits", "--actors", "2"]
-OPEN = {"share_of_real": "{}", "not_worse": "[]", "copies": "false", "slice_loss": "1", "improve": "frechet_distance"}
+OPEN = {"share_of_real": "{}", "not_worse": "[]", "copies": "false", "slice_loss": "1", "improve": "[frechet_distance]"}
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
     small_run.write_digits(str(run.shards / "more"), 32)
     (run.shards / "more" / "00000.tar").rename(run.shards / "more-00000.tar")
     capsys.readouterr()
-    worse = run("--period", "two", improve_by="1e9")
+    worse = run("--period", "two", improve_by="{frechet_distance: 1.0e+9}")
     assert "96 samples, other than those of champion 1" in capsys.readouterr().out
     assert (worse["event"], worse["outcome"], worse["champion"]) == ("refused", "refused", "1")
     client = open_client(None)
@@ -61,13 +61,15 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
     assert version.tags["init_from"] == "models:/again/1" and RunFolder(worse["run_folder"]).config().run.steps == 6
     known = run("--period", "three")
     assert known["event"] == "nothing_new"
-    assert known["reason"].startswith("nothing new since version 2, which was refused: better frechet_distance")
+    assert known["reason"].startswith(
+        "nothing new since version 2, which was refused: better than the champion: frechet"
+    )
 
-    scratch = run("--period", "four", "--again", "--from", "scratch", improve_by="1e9")
+    scratch = run("--period", "four", "--again", "--from", "scratch", improve_by="{frechet_distance: 1.0e+9}")
     assert scratch["version"] == "3" and RunFolder(scratch["run_folder"]).config().run.init_from is None
     # Judged by other gates; the run of the period is finished, and so is not trained once more.
-    judged = run("--period", "two", "--again", certain="false", improve="precision", improve_by="1")
-    assert (judged["version"], judged["event"]) == ("2", "refused") and "better precision" in judged["reason"]
+    judged = run("--period", "two", "--again", certain="false", improve="[precision]", improve_by="{precision: 1}")
+    assert (judged["version"], judged["event"]) == ("2", "refused") and "precision" in judged["reason"]
     assert len(client.search_model_versions("name = 'again'")) == 3
 
 
@@ -77,7 +79,7 @@ def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: P
         run("--period", "busy", "--again")
     for arguments, match in (
         (["run.name=mine"], "leave out run.name=mine"),
-        (["--gate", "improve_bye=1"], "did you mean improve_by"),
+        (["--gate", "improve_bye.x=1"], "did you mean improve_by"),
     ):
         with pytest.raises(BadRequest, match=match):
             run(*arguments)

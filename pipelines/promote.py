@@ -19,7 +19,7 @@ from pipelines.promotion.command import argument_parser, promote
 
 
 def main() -> None:
-    promote(argument_parser(__doc__ or "").parse_args())
+    promote(argument_parser(__doc__ or "").parse_intermixed_args())
 
 
 if __name__ == "__main__":

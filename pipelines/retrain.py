@@ -17,7 +17,7 @@ from pipelines.promotion.retraining import argument_parser, retrain
 
 
 def main() -> None:
-    retrain(argument_parser(__doc__ or "").parse_args())
+    retrain(argument_parser(__doc__ or "").parse_intermixed_args())
 
 
 if __name__ == "__main__":

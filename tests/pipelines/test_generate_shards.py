@@ -55,6 +55,7 @@ def samples(folder: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
 
 def command(prompts: Path, out: Path, export: Path, *more: str) -> list[str]:
     told = ["--model", str(export), "--seed", "5", "--shard-samples", str(SHARD), "--num-steps", "2"]
+    told += ["--precision", "fp32"]
     return [sys.executable, script.__file__, str(prompts), str(out), *told, "--actors", "2", *more]
 
 

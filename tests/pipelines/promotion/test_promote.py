@@ -57,7 +57,7 @@ def run(versions: str, shards: str, run_root: Path, tmp_path: Path, monkeypatch:
 
     def call(model: str, *arguments: str) -> dict[str, Any]:
         files = ["--data", shards, "--tracking-uri", versions, "--summary", str(tmp_path / "summary.json")]
-        summary = promote(argument_parser().parse_args([model, *arguments, *SMALL, *files]))
+        summary = promote(argument_parser().parse_intermixed_args([model, *arguments, *SMALL, *files]))
         assert json.loads((tmp_path / "summary.json").read_text())["model"] == "promo"
         return summary
 

@@ -32,7 +32,7 @@ def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypat
         told = [part for key, value in (OPEN | gates).items() for part in ("--gate", f"{key}={value}")]
         command = ["models:/again", str(preset), f"data.url={shards}", f"data.validation_url={held_out}"]
         command += ["run.checkpoint_every=3", "--samples", str(samples), *arguments, *MEASURED, *told]
-        return retrain(argument_parser().parse_args([*command, "--summary", str(tmp_path / "summary.json")]))
+        return retrain(argument_parser().parse_intermixed_args([*command, "--summary", str(tmp_path / "summary.json")]))
 
     call.shards = shards  # type: ignore[attr-defined]
     return call
@@ -74,6 +74,8 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
 
 
 def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: Path) -> None:
+    small_run.write_digits(str(run.shards / "more"), 40)
+    (run.shards / "more" / "00000.tar").rename(run.shards / "other-00000.tar")
     busy = pytest.raises(BadRequest, match="again-busy is being trained by process")
     with Lease(RunFolder(str(run_root / "again-busy"))), busy:
         run("--period", "busy", "--again")

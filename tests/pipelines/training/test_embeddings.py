@@ -44,7 +44,7 @@ def test_labels_that_no_sample_has_are_refused_before_anything_starts(tmp_path: 
     index = write_shards(tmp_path / "shards", samples=8, per_shard=8)
     told = {"label": "json:digit", "classes": {"7": "seven", "3": "three"}}
     objective = tiny.clip_config(zero_shot=told)
-    config: Any = SimpleNamespace(objective=objective, data=SimpleNamespace(validation_url=None))
+    config: Any = SimpleNamespace(objective=objective, data=SimpleNamespace(validation_url=None, image=None))
     with pytest.raises(BadRequest, match=r"objective.zero_shot: of 64 samples none .* at label json:digit: none there"):
         check_labels(config, index, RunFolder(str(tmp_path / "run")))
     config.objective = tiny.clip_config(zero_shot={**told, "label": "txt", "classes": {"number 1": "1", "2": "2"}})

@@ -241,6 +241,7 @@ class _Killed(BaseException):
     """What a process that is killed does not get to handle."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["promotion", "rollback"])
 @pytest.mark.parametrize("calls", range(10))  # after the last of them it is finished
 def test_killed_anywhere_there_is_a_verified_champion_and_the_next_one_finishes_the_record(

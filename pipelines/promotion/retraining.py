@@ -112,7 +112,8 @@ def _champion(uri: str, name: str) -> str | None:
 def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str | None) -> TrainConfig:
     """The configuration of the period's run; its first launch has settled where it begins."""
     period = arguments.period or time.strftime("%Y-%m-%d", time.gmtime())
-    own = {"run.name": f"{name}-{period}", "tracking.register_as": name, "tracking.uri": uri}
+    own: dict[str, str | None] = {"run.name": f"{name}-{period}", "tracking.register_as": name, "tracking.uri": uri}
+    own["run.continue_from"] = None  # of a preset that a search wrote
     fixed = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     theirs = tuple(assignment.partition("=")[0] + "=" for assignment in fixed)
     if told := [text for text in arguments.overrides if text.startswith((*theirs, "run.init_from="))]:

@@ -22,6 +22,7 @@ class Board:
         self._progress: dict[str, Any] = {}
         self._failures: list[dict[str, Any]] = []
         self._notes: list[str] = []
+        self._measurements: list[dict[str, Any]] = []
 
     def note(self, line: str) -> None:
         """Something that people should read."""
@@ -33,6 +34,14 @@ class Board:
     def failure(self, entry: dict[str, Any]) -> None:
         self._failures.append(entry)
         self._notes.append(f"worker {entry['rank']} failed at step {entry['step']}: {entry['error']}")
+
+    def measured(self, entry: dict[str, Any]) -> None:
+        """Held-out figures at a step, and the checkpoint that they belong to."""
+        self._measurements.append(entry)
+
+    def measurements(self, since: int) -> list[dict[str, Any]]:
+        """All but the first `since`."""
+        return self._measurements[since:]
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
         """The newest progress, and all notes."""

@@ -225,6 +225,28 @@ def newest_verified(folder: str, tell: Callable[[str], None] = print) -> Checkpo
     return None
 
 
+def adopt(source: Checkpoint, folder: str) -> Checkpoint:
+    """Copy a checkpoint of another run, as the first one of a run: where that one stands, this one begins.
+
+    Raises ValueError where its files are not what its manifest says.
+    """
+    target = storage.join(folder, f"{source.step:08d}-{secrets.token_hex(4)}")
+    for name in source.manifest["files"]:
+        storage.write_bytes(storage.join(target, name), source.read_file(name))
+    ended = ("finished", "stopped_early", "figures", "measured", "best")  # of the other run
+    manifest = {key: value for key, value in source.manifest.items() if key not in ended} | {"number": 1}
+    storage.write_bytes(storage.join(target, "manifest.json"), json.dumps(manifest, indent=1).encode())
+    return Checkpoint(target, manifest)
+
+
+def find_checkpoint(url: str) -> Checkpoint | None:
+    """The checkpoint in a folder, or the newest one that verifies of a run's folder; None where there is none."""
+    if not storage.exists(storage.join(url, "manifest.json")):
+        return newest_verified(storage.join(url, "checkpoints"))
+    found = Checkpoint(url, json.loads(storage.read_bytes(storage.join(url, "manifest.json"))))
+    return found if _verify(found, found.manifest["files"]) is None else None
+
+
 def _verify(checkpoint: Checkpoint, names: Iterable[str]) -> str | None:
     for name in names:
         try:

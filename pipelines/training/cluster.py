@@ -20,7 +20,7 @@ def connect(config: TrainConfig) -> None:
         BadRequest: the workers cannot be placed beside a data task, which would hang without a word.
     """
     join(local_cpus(config))
-    check_room(config, _resources())
+    check_room(config, resources())
 
 
 def join(cpus: int) -> None:
@@ -62,7 +62,7 @@ def check_local_room(config: TrainConfig) -> None:
         check_room(config, {"CPU": float(local_cpus(config)), "GPU": float("inf")})
 
 
-def _resources() -> dict[str, float]:
+def resources() -> dict[str, float]:
     """What the cluster has, or may grow to where it scales by itself."""
     import ray
     from ray._private.state import state

@@ -70,6 +70,12 @@ class RunConfig(Section):
             raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
         return name
 
+    continue_from: str | None = Field(
+        None,
+        description="begin where another run stands: its folder or a checkpoint's, with optimizer, averages and place "
+        "in the same data",
+    )
+
     _root_is_absolute = field_validator("root")(absolute_url)
 
 
@@ -103,6 +109,7 @@ class DataConfig(Section):
     horizontal_flip: bool = Field(False, description="mirror half of the images")
     image: str | None = Field(None, description="shard member with the image, as photo.png [the only jpg, png, …]")
     caption: str | None = Field("txt", description="shard member with the caption: txt, or json:KEY; null: images only")
+    license: str | None = Field(None, description="of images and captions, for the model's card")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
     prefetch_batches: int = Field(4, gt=0, description="batches of a worker read ahead, of each set")
@@ -312,6 +319,8 @@ class TrainConfig(Section):
             )
         if metric in _DRAWN and not self.evaluation.every:
             wrong.append(f"best.metric={metric} is measured by evaluation.every: set it")
+        if self.run.init_from is not None and self.run.continue_from is not None:
+            wrong.append("run.init_from takes weights alone, run.continue_from all state of a run: give one of them")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -350,7 +359,7 @@ MAY_CHANGE = (
     "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
     "run.validation_samples", "run.audit", "ema.store_every", "evaluation", "best",
     "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
-    "data.prefetch_batches", "data.max_bad_share", "engine", "engines", "workers", "tracking",
+    "data.prefetch_batches", "data.max_bad_share", "data.license", "engine", "engines", "workers", "tracking",
     "precision.compile", "precision.activation_checkpointing", "precision.channels_last", "objective.zero_shot",
 )  # fmt: skip
 
@@ -390,14 +399,15 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return found
 
 
-def load_config(preset: str, assignments: list[str]) -> TrainConfig:
-    """Read a preset, merge the overrides, validate once.
+def load_config(preset: str | dict[str, Any], assignments: list[str]) -> TrainConfig:
+    """Read a preset (or take its tree), merge the overrides, validate once.
 
     Raises:
         BadRequest: every mistake at once, each naming the key and what is allowed.
     """
     try:
-        config = TrainConfig.model_validate(with_run_root(override(read_preset(preset), assignments)))
+        tree = preset if isinstance(preset, dict) else read_preset(preset)
+        config = TrainConfig.model_validate(with_run_root(override(tree, assignments)))
     except ValidationError as error:
         raise BadRequest("; ".join(explain(error, TrainConfig))) from None
     check_networks(config)

@@ -34,7 +34,7 @@ class RunHooks:
     """Called after every step, on every rank; only rank 0 has a `logger`. What is collective happens on all ranks.
 
     `bad_samples` is the count over all ranks and restarts at the checkpoint that the run goes on from, and `facts` is
-    what else goes into the next ones.
+    what else goes into the next ones. At step `until` training is paused, with a checkpoint.
     """
 
     def __init__(
@@ -50,7 +50,9 @@ class RunHooks:
         bad_samples: int = 0,
         audit: Audit | None = None,
         extractor: FeatureExtractor | None = None,
+        until: int | None = None,
     ) -> None:
+        self.until = until
         self.config, self.folder, self.spec = config, folder, spec
         self.data = data
         self.logger, self.board, self.facts = logger, board, facts
@@ -83,7 +85,8 @@ class RunHooks:
             last = self._keep_best(trainer, step, measured) or last
             if last and not log:
                 self._log(trainer, step)
-        checkpoint = last or step % run.checkpoint_every == 0
+        paused = step == self.until
+        checkpoint = last or paused or step % run.checkpoint_every == 0
         figures: dict[str, float] = {}
         if last:
             self._show(step, force=True, doing="measuring")
@@ -96,9 +99,12 @@ class RunHooks:
             self._show(step, force=True, doing="storing averages")
             commit_snapshot(self.folder.averages, trainer.averages(step))
         if checkpoint:
-            self._checkpoint(trainer, step, last, figures)
+            url = self._checkpoint(trainer, step, last, figures, finite(validated | drawn))
+            if self.rank == 0 and (validated or drawn):
+                told = {"step": step, "figures": finite(validated | drawn), "checkpoint": url}
+                self.board.measured.remote(told)
         self._show(step, force=last)
-        return last
+        return last or paused
 
     def _log(self, trainer: Trainer, step: int) -> None:
         bad, read = self.quarantine.take()
@@ -233,13 +239,15 @@ class RunHooks:
             )
             self.logger.log_image("samples", grid_png(pixels, preview.titles, preview.columns), step)
 
-    def _checkpoint(self, trainer: Trainer, step: int, last: bool, figures: dict[str, float]) -> None:
+    def _checkpoint(
+        self, trainer: Trainer, step: int, last: bool, figures: dict[str, float], measured: dict[str, float]
+    ) -> str:
         self._show(step, force=True, doing="saving")
         if self.logger is not None:
             self.logger.flush()  # a run resumed from here does not log these steps again
         if self.audit is not None:
             self.audit.write()
-        facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last}
+        facts = {**self.facts, "bad_samples": self.bad_samples, "finished": last, "measured": measured}
         facts["start_seconds"] = durations({**facts.pop("marks", {}), **trainer.throughput.marks})
         if last:
             throughput = trainer.throughput
@@ -254,9 +262,10 @@ class RunHooks:
                     **{f"seconds_{name}": spent for name, spent in trainer.phase_seconds.items()},
                 }
             )
-        commit_snapshot(self.folder.checkpoints, trainer.snapshot(step, facts))
+        url = commit_snapshot(self.folder.checkpoints, trainer.snapshot(step, facts))
         if self.rank == 0:
             prune(self.folder.checkpoints, self.config.run.keep_checkpoints)
+        return url
 
 
 def measured_how(config: TrainConfig) -> dict[str, Any]:

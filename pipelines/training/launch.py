@@ -11,6 +11,8 @@ import os
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +30,39 @@ from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, logged
 from pipelines.training.export import export_run, initial_objective, to_publish
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs, sample_spec
-from pipelines.training.lease import Lease
+from pipelines.training.lease import EXPIRY_SECONDS, Lease
 from pipelines.training.run_data import RunData, data_urls
 from pipelines.training.run_folder import RunFolder, root_of
 from pipelines.training.trainer import check_phases
 
 _SHARD_SAMPLES = 1000
 _READ_FIRST, _READ_MORE = 8, 256  # samples that are tried before any worker starts
+_PATIENCE_SECONDS = 1.5 * EXPIRY_SECONDS  # a trial whose process was killed on another machine is started again
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
 
 
-def train(config: TrainConfig, lines: bool = False, parent_run: str | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Part:
+    """A training that is paused before its end, and watched meanwhile, as a trial of a search.
+
+    Attributes:
+        until: step at which it is paused, with a checkpoint; typed again without a part, it goes on.
+        on_measured: called in the driver with {"step", "figures", "checkpoint"} once a step's held-out figures and its
+            checkpoint are there. What it raises ends the training.
+    """
+
+    until: int
+    on_measured: Callable[[dict[str, Any]], None]
+
+
+def train(
+    config: TrainConfig, lines: bool = False, parent_run: str | None = None, part: Part | None = None
+) -> dict[str, Any]:
     """Carry out (or resume, or report as finished) a training run; returns its summary.
 
     With `lines` its progress is told in lines, also on a terminal: for several trainings at once, each in a thread.
-    `parent_run` is the MLflow run that this one is a part of.
+    `parent_run` is the MLflow run that this one is a part of. Of a `part`, the summary is `outcome` (paused),
+    `checkpoint`, `steps` and `measured` (held-out figures there).
 
     Raises:
         BadRequest: the request cannot be carried out; nothing was started.
@@ -58,23 +78,27 @@ def train(config: TrainConfig, lines: bool = False, parent_run: str | None = Non
     published = storage.exists(folder.path("result.json")) and folder.began_as(config)
     if published and (result := _finished(config, folder, data, checkpoints.newest_verified(folder.checkpoints))):
         return result
-    with Lease(folder) as lease:
+    with Lease(folder, patience=0.0 if part is None else _PATIENCE_SECONDS) as lease:
         folder.begin(config)
-        newest = checkpoints.newest_verified(folder.checkpoints)
+        newest = checkpoints.newest_verified(folder.checkpoints) or _continued(config, folder)
         if result := _finished(config, folder, data, newest):
             return result
         complete = newest is not None and _is_complete(newest, config)
+        ready = newest is not None and (complete or (part is not None and newest.step >= part.until))
         prepare_inputs(config, folder, data.train)
-        if not complete:
+        if not ready:
             _check_objective(config, folder)
             _check_samples(config, folder, data)
         run_id = _open_tracking(config, folder, uri, data, parent_run)
         try:
-            if not complete:
+            if not ready:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-                _fit(config, folder, uri, run_id, lease, started, lines)
+                _fit(config, folder, uri, run_id, lease, started, lines, part)
             lease.check()
+            if part is not None and (paused := _paused(config, folder)):
+                tracking.finish_run(uri, run_id, "FINISHED")
+                return {**paused, "mlflow_run_id": run_id, "run_folder": folder.url}
             summary = _publish(config, folder, uri, run_id, data, order)
         except BaseException as error:
             _mark_failed(uri, run_id, error)
@@ -84,6 +108,31 @@ def train(config: TrainConfig, lines: bool = False, parent_run: str | None = Non
     resumed_from = newest.step if newest is not None else 0
     ended = {"outcome": "trained", "resumed_from": resumed_from, "started": started, "seconds": time.time() - started}
     return {**summary, **ended}
+
+
+def _continued(config: TrainConfig, folder: RunFolder) -> Checkpoint | None:
+    """The checkpoint of another run that this one begins with, by run.continue_from. Raises BadRequest."""
+    source = config.run.continue_from
+    if source is None:
+        return None
+    url = source if storage.is_remote(source) or "/" in source else storage.join(root_of(config), source)
+    found = checkpoints.find_checkpoint(url)
+    if found is None:
+        raise BadRequest(f"run.continue_from={source}: no checkpoint that verifies; name a run's folder, or one of its")
+    if found.step >= config.run.steps:
+        raise BadRequest(f"run.continue_from={source} is at step {found.step} already: set run.steps to more")
+    return checkpoints.adopt(found, folder.checkpoints)
+
+
+def _paused(config: TrainConfig, folder: RunFolder) -> dict[str, Any] | None:
+    """What is told of a run that stands before its end; None where it has come there."""
+    newest = checkpoints.newest_verified(folder.checkpoints)
+    if newest is None:
+        raise RunFailed(f"the checkpoint of {folder.url} does not verify: type the same command again")
+    if _is_complete(newest, config):
+        return None
+    told = {"outcome": "paused", "run": config.run.name, "steps": newest.step, "checkpoint": newest.url}
+    return {**told, "measured": newest.manifest.get("measured", {})}
 
 
 def _finished(
@@ -214,7 +263,14 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, data: RunDa
 
 
 def _fit(
-    config: TrainConfig, folder: RunFolder, uri: str, run_id: str, lease: Lease, started: float, lines: bool
+    config: TrainConfig,
+    folder: RunFolder,
+    uri: str,
+    run_id: str,
+    lease: Lease,
+    started: float,
+    lines: bool,
+    part: Part | None,
 ) -> None:
     extractor = _extractor(config)
     marks = {"launch": started, "checks": time.time()}
@@ -247,6 +303,7 @@ def _fit(
             "board": board,
             "marks": marks,
             "extractor": None if extractor is None else ray.put(extractor),  # checked here, and the same on every node
+            "until": None if part is None else part.until,
         },
         torch_config=TorchConfig(backend="nccl" if config.workers.use_gpu else "gloo"),
         scaling_config=ScalingConfig(
@@ -263,7 +320,7 @@ def _fit(
     )
     display = ProgressDisplay(board, config.run.name, config.run.steps, lines)
     try:
-        error = _fit_in_thread(trainer, lease)
+        error = _fit_in_thread(trainer, lease, board, part)
     finally:
         display.close()
     cause = first_cause(ray.get(board.failures.remote()))
@@ -290,7 +347,7 @@ def _extractor(config: TrainConfig) -> Any:
         raise BadRequest(f"evaluation.features: {' '.join(str(error).split())}") from None
 
 
-def _fit_in_thread(trainer: Any, lease: Lease) -> Exception | None:
+def _fit_in_thread(trainer: Any, lease: Lease, board: Any, part: Part | None) -> Exception | None:
     """`trainer.fit()`; what it raises is returned. Raises RunFailed where the lease is lost meanwhile.
 
     In the main thread Ray Train would take over SIGINT for the rest of the process, and exit with 0 when it comes.
@@ -303,11 +360,22 @@ def _fit_in_thread(trainer: Any, lease: Lease) -> Exception | None:
         except Exception as error:
             raised.append(error)
 
+    def tell(told: int) -> int:
+        import ray
+
+        entries = [] if part is None else ray.get(board.measurements.remote(told))
+        for entry in entries:
+            part.on_measured(entry)  # type: ignore[union-attr]
+        return told + len(entries)
+
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
+    told = 0
     while thread.is_alive():
         thread.join(1.0)
         lease.check()
+        told = tell(told)
+    tell(told)
     return raised[0] if raised else None
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from filelock import FileLock
 
@@ -25,27 +26,26 @@ class Lease:
     """Held in a `with` block by the driver; renewed by a thread, and free again after EXPIRY_SECONDS without renewal.
 
     A driver that died on this machine is noticed at once, so the same command can be typed again at once. A driver that
-    was cut off for so long that another one took over learns it by `check`.
+    was cut off for so long that another one took over learns it by `check`. For `patience` seconds the end of another
+    launch is waited for.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, folder: RunFolder, patience: float = 0.0) -> None:
+        self.folder, self.patience = folder, patience
         self.owner = new_owner()
         self._ended, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
         """Raises BadRequest where another launch of the run is alive."""
-        with self._one_at_a_time():
-            other = self.folder.read("lease.json")
-            if other is not None and is_alive(other, self.owner, EXPIRY_SECONDS):
+        deadline = time.monotonic() + self.patience
+        while (other := self._take()) is not None:
+            if time.monotonic() > deadline:
                 raise BadRequest(
                     f"{self.folder.url} is being trained by process {other['pid']} on {other['host']}: "
                     f"wait for it, or stop it and try again after {EXPIRY_SECONDS:.0f} s"
                 )
-            self._write()
-            if storage.is_remote(self.folder.url):
-                time.sleep(SETTLING_SECONDS)  # who read before this was written has written by then, and wins
+            time.sleep(1.0)
         if not self._is_ours():
             raise BadRequest(f"{self.folder.url}: another launch of this run began at the same moment; it goes on")
         self._thread.start()
@@ -59,6 +59,17 @@ class Lease:
                 storage.remove(self.folder.path("lease.json"))
         except storage.ERRORS as error:  # what ends the run matters more, and the lease ends by itself
             print(f"{self.folder.url}: the lease could not be given back ({error})", file=sys.stderr)
+
+    def _take(self) -> dict[str, Any] | None:
+        """Write the lease, unless another launch lives: its lease is returned then."""
+        with self._one_at_a_time():
+            other = self.folder.read("lease.json")
+            if other is not None and is_alive(other, self.owner, EXPIRY_SECONDS):
+                return other
+            self._write()
+            if storage.is_remote(self.folder.url):
+                time.sleep(SETTLING_SECONDS)  # who read before this was written has written by then, and wins
+        return None
 
     @contextmanager
     def _one_at_a_time(self) -> Iterator[None]:

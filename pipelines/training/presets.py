@@ -9,27 +9,33 @@ from typing import Any
 import yaml
 
 from infra.errors import BadRequest
-from infra.storage import run_root
+from infra.storage import ERRORS, is_remote, read_bytes, run_root
 
 PRESETS = Path(__file__).resolve().parents[1] / "configs"
 
 
 def read_preset(name: str) -> dict[str, Any]:
-    """A YAML file by path, or by its name among the presets; `extends: NAME` begins with the values of that one."""
-    path = Path(name)
-    if not path.is_file():
-        path = PRESETS / (name if name.endswith(".yaml") else f"{name}.yaml")
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
-        raise BadRequest(f"there is no preset {name!r}: give a YAML file, or one of {known}")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadRequest(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
+    """A YAML file by path or s3:// URL, or by its name among the presets; `extends: NAME` begins with the values of
+    that one."""
+    tree = read_yaml(name, PRESETS, "preset")
     if not isinstance(tree, dict):
-        raise BadRequest(f"{path} must hold a mapping of sections (run, data, objective, …)")
+        raise BadRequest(f"{name} must hold a mapping of sections (run, data, objective, …)")
     base = tree.pop("extends", None)
     return tree if base is None else _merged(read_preset(str(base)), tree)
+
+
+def read_yaml(name: str, known_in: Path, what: str) -> Any:
+    """What a YAML file holds: by path, by s3:// URL, or by its name in a folder. Raises BadRequest."""
+    path: str | Path = name
+    if not is_remote(name) and not (path := Path(name)).is_file():
+        path = known_in / (name if name.endswith(".yaml") else f"{name}.yaml")
+        if not path.is_file():
+            known = ", ".join(sorted(p.stem for p in known_in.glob("*.yaml")))
+            raise BadRequest(f"there is no {what} {name!r}: give a YAML file, or one of {known}")
+    try:
+        return yaml.safe_load(read_bytes(str(path)).decode())
+    except (*ERRORS, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadRequest(f"{path} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
 def _merged(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:

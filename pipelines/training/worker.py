@@ -138,6 +138,7 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
             bad_samples=checkpoint.manifest["bad_samples"] if checkpoint is not None else 0,
             audit=audit,
             extractor=None if job["extractor"] is None else ray.get(job["extractor"]),
+            until=job["until"],
         )
 
         def seen(batch: RankBatch) -> None:

@@ -1,0 +1,1 @@
+"""Search of hyperparameters: many trainings, cut off early, of which the best goes on."""

@@ -1,0 +1,136 @@
+"""`tune.py` through Ray: successive halving, killed trials and drivers, populations, and the best one that goes on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from infra.errors import BadRequest
+from infra.mlflow_store import open_client
+from pipelines.search.command import argument_parser, search
+from pipelines.search.record import read_trials
+from pipelines.training.checkpoint import find_checkpoint
+from pipelines.training.run_folder import RunFolder
+from tests.pipelines.training import small_run
+from tests.pipelines.training.small_run import CHECKOUT, kill_tree, wait_until
+
+pytestmark = pytest.mark.slow
+SPACE = {"optimizer.learning_rate": {"kind": "log_uniform", "low": 1e-4, "high": 1e-2}}
+SEARCH: dict[str, Any] = {"trials": 3, "at_once": 3, "steps": 8, "interval": 4, "space": SPACE}
+SMALL = ["workers.count=1", "run.validation_samples=16", "run.log_every=4"]
+
+
+@pytest.fixture
+def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("RUN_ROOT", str(run_root))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    small_run.write_digits(str(tmp_path / "held_out"), 16)
+
+    def call(name: str, *overrides: str, **changed: Any) -> dict[str, Any]:
+        (tmp_path / "s.yaml").write_text(yaml.safe_dump(SEARCH | {"name": name} | changed))
+        command = [str(preset), str(tmp_path / "s.yaml"), *SMALL, f"data.validation_url={tmp_path}/held_out"]
+        summary = str(tmp_path / "summary.json")
+        return search(argument_parser().parse_intermixed_args([*command, *overrides, "--summary", summary]))
+
+    return call
+
+
+def test_halving_survives_a_killed_trial_and_the_best_one_goes_on(
+    run: Any, train: Any, run_root: Path, tmp_path: Path
+) -> None:
+    import threading
+
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        with suppress(AssertionError):
+            wait_until(lambda: bool(_actors("run_trial")), 60, "a trial's actor")
+            victim = _actors("run_trial")[0]
+            victim.kill()
+            killed.append(victim.pid)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    found = run("halving")
+    killer.join()
+    assert killed
+    assert found["outcome"] == "searched" and len(found["trials"]) == 3
+    assert json.loads((tmp_path / "summary.json").read_text())["best"] == found["best"]
+    best = found["best"]
+    finals = [trial["val_loss"] for trial in found["trials"] if trial["steps"] == 8]
+    assert best["steps"] == 8 and best["val_loss"] == min(finals) and not any(t["failed"] for t in found["trials"])
+    assert {trial["steps"] for trial in found["trials"]} <= {4, 8}
+
+    client = open_client(None)
+    of_search = client.get_run(found["mlflow_run_id"])
+    assert of_search.info.status == "FINISHED" and of_search.data.metrics["best_val_loss"] == best["val_loss"]
+    for trial in found["trials"]:
+        known = RunFolder(str(run_root / trial["run"])).read("run.json")
+        assert known is not None
+        of_trial = client.get_run(known["mlflow_run_id"])
+        assert of_trial.data.tags["mlflow.parentRunId"] == found["mlflow_run_id"]
+        assert of_trial.info.status == "FINISHED"
+    assert not (run_root / "halving" / "ray").exists()  # pickles of Ray Tune
+    assert (run_root / "halving" / "search.png").read_bytes()[1:4] == b"PNG"
+
+    assert run("halving")["outcome"] == "already finished"
+    with pytest.raises(BadRequest, match="search 'halving' began with another preset or space"):
+        run("halving", "optimizer.warmup_steps=1")
+
+    on = train("run.steps=12", preset=Path(found["preset"]))
+    assert on["outcome"] == "trained" and on["run"] == "halving-best" and on["resumed_from"] == 8
+    trained = RunFolder(on["run_folder"])
+    rate = trained.config().optimizer.learning_rate
+    assert rate == best["values"]["optimizer.learning_rate"]
+    first = find_checkpoint(trained.config().run.continue_from or "")
+    assert first is not None and first.step == 8
+
+
+def _actors(name: str) -> list[psutil.Process]:
+    """Actors of Ray in this machine's processes below this one, by their title."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if name in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def test_a_population_whose_driver_is_killed_goes_on(
+    run_root: Path, preset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RUN_ROOT", str(run_root))
+    small_run.write_digits(str(tmp_path / "held_out"), 16)
+    wanted = SEARCH | {"name": "crowd", "method": "pbt", "trials": 2, "at_once": 2, "steps": 12, "worst_share": 0.5}
+    (tmp_path / "s.yaml").write_text(yaml.safe_dump(wanted))
+    command = [sys.executable, str(CHECKOUT / "pipelines" / "tune.py"), str(preset), str(tmp_path / "s.yaml"), *SMALL]
+    command += [f"data.validation_url={tmp_path}/held_out", "--summary", str(tmp_path / "summary.json")]
+    folder = RunFolder(str(run_root / "crowd"))
+    environment = small_run.environment(run_root)
+    process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
+    try:
+        wait_until(lambda: any(trial.reports for trial in read_trials(folder)), 120, "figures of a trial")
+    finally:
+        kill_tree(process)
+    before = {trial.number: trial for trial in read_trials(folder)}
+    told = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert told.returncode == 0, told.stdout + told.stderr
+    after = read_trials(folder)
+    assert [trial.complete for trial in after] == [True, True]
+    for trial in after:  # what was known is not forgotten, and nothing is trained twice
+        known = before[trial.number].reports
+        assert trial.reports[: len(known)] == known or trial.reports[: len(known) - 1] == known[:-1]
+        assert [each["step"] for each in trial.reports if each["run"] == trial.run][-1] == 12
+    for trial in after:
+        if trial.earlier:  # it went on from the other one's weights
+            assert trial.continue_from is not None and f"/{after[1 - trial.number].run}" in trial.continue_from
+    assert json.loads((tmp_path / "summary.json").read_text())["best"]["steps"] == 12
+    assert "crowd: searched" in told.stdout

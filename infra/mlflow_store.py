@@ -61,7 +61,23 @@ def check_tracking(uri: str | None, nodes: int = 1) -> str:
             raise BadRequest(
                 f"no MLflow server answers at {uri} ({error}); start it, or mend MLFLOW_TRACKING_URI"
             ) from error
+        _check_user(uri)
     return uri
+
+
+def _check_user(uri: str) -> None:
+    """Raises BadRequest where the server knows its users, and this is none: /health asks for no login."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        open_client(uri).search_experiments(max_results=1)
+    except MlflowException as error:
+        if error.error_code not in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            raise
+        raise BadRequest(
+            f"the MLflow server at {uri} refuses the login: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD "
+            "(or MLFLOW_TRACKING_TOKEN)"
+        ) from None
 
 
 def _create_database(path: Path) -> None:

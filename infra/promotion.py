@@ -6,16 +6,19 @@ changes are made under the model's lease, in an order in which every single step
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadRequest, RunFailed
 from infra.exports import folder_digest
 from infra.mlflow_store import open_client, patiently
+from infra.model_card import contradiction, differs, split_card
 from infra.registry import find_version, resolve_model
 from infra.registry_lease import RegistryLease
 
@@ -61,22 +64,61 @@ def champion_of(uri: str | None, name: str) -> str | None:
 
 
 def verify_version(uri: str | None, name: str, version: str) -> ModelVersion:
-    """The version, after its files were read anew and compared with what was registered.
+    """The version, after its files were read anew and compared with what was registered, its model card too.
 
     Raises:
-        BadRequest: its lineage is incomplete, or its files are missing or others than those that were registered.
+        BadRequest: its lineage is incomplete, its files are missing or others than those that were registered, or its
+            card is, or says otherwise than the version's tags or the run that trained it.
     """
     found = find_version(f"models:/{name}/{version}", uri)
     named = f"models:/{name}/{version}"
     if missing := [key for key in _LINEAGE if found.tags.get(key) in (None, "", "None")]:
         raise BadRequest(f"{named}: its lineage lacks {', '.join(missing)}, so it is not promoted; train it again")
     try:
-        digest = folder_digest(resolve_model(named, uri, anew=True))
+        folder = resolve_model(named, uri, anew=True)
+        digest = folder_digest(folder)
     except OSError as error:
         raise BadRequest(f"{named}: its files cannot be read ({error})") from error
     if digest != found.tags["export_digest"]:
         raise BadRequest(f"{named}: its files changed since it was registered, so it is not promoted; train it again")
+    if wrong := _wrong_card(uri, found, folder):
+        raise BadRequest(
+            f"{named}: {wrong}, so it is not promoted; put back the card (README.md beside MLmodel) and the tags as "
+            "they were registered, or train it again"
+        )
     return found
+
+
+def _wrong_card(uri: str | None, version: ModelVersion, folder: Path) -> str | None:
+    """What is wrong with the card of a version, in words. Those of before there was a tag `card` need none."""
+    from mlflow.exceptions import MlflowException
+
+    path, registered = folder.parents[1] / "README.md", version.tags.get("card")
+    try:
+        card = path.read_bytes().decode() if path.is_file() else ""
+        told, _ = split_card(card)
+    except (OSError, ValueError) as error:
+        return f"its model card cannot be read ({error})"
+    if not told:
+        return None if registered is None else f"its model card {'tells no facts' if card else 'is missing'}"
+    client = open_client(uri)
+    try:
+        run = patiently(client.get_run, version.run_id) if version.run_id else None
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        run = None  # runs may be cleared away, and the version stays
+    tags, params = ({}, {}) if run is None else (run.data.tags, run.data.params)
+    if wrong := contradiction(told, version.tags, tags, params):
+        return f"its model card is contradicted: {wrong}"
+    for name, value in told.get("figures", {}).items():
+        if run is not None and name.startswith("val_") and name in run.data.metrics:
+            history = patiently(client.get_metric_history, version.run_id, name)
+            if differs(value, logged := [each.value for each in history if str(each.step) == version.tags["steps"]]):
+                return f"its model card is contradicted: {name} is {value} there, and {logged[-1]:.6g} in the run"
+    if registered is not None and registered != hashlib.sha256(card.encode()).hexdigest():
+        return "its model card changed since it was registered"
+    return None
 
 
 def challenge(lease: RegistryLease, version: str) -> None:

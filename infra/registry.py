@@ -56,7 +56,7 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
     import pandas as pd
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, Schema
-    from mlflow.types.schema import Array
+    from mlflow.types.schema import AnyType, Array
 
     png = ColSpec("binary", "png")
     columns: list[ColSpec | TensorSpec]
@@ -71,18 +71,19 @@ def _signature(folder: Path, kind: str) -> tuple[ModelSignature, pd.DataFrame]:
         example = pd.DataFrame({"text": ["a red seven on a white background"], "seed": [1]})
         return ModelSignature(inputs=Schema(columns), outputs=Schema([ColSpec(Array("double"), "embedding")])), example
     if kind == "text_to_image" and _is_told_an_image(folder):
-        columns = [ColSpec("binary", "image"), ColSpec("long", "seed", required=False)]
-        columns.append(ColSpec("string", "direction", required=False))
+        columns = [ColSpec("binary", "image"), ColSpec(AnyType(), "seed", required=False)]
+        columns.append(ColSpec(AnyType(), "direction", required=False))
         return ModelSignature(inputs=Schema(columns), outputs=Schema([png])), pd.DataFrame({"image": [_grey_png()]})
     conditional = takes_prompts(folder)
+    # Of any type, and checked by the model: MLflow would cut 1.5 down to a long, and refuse a row that leaves one out.
     columns = [
-        ColSpec("long", "seed", required=not conditional),
-        ColSpec("long", "num_steps", required=False),
+        ColSpec(AnyType(), "seed", required=not conditional),
+        ColSpec(AnyType(), "num_steps", required=False),
     ]
     example = pd.DataFrame({"seed": [1]})
     if conditional:
-        columns = [ColSpec("string", "prompt"), ColSpec("string", "negative_prompt", required=False), *columns]
-        columns.append(ColSpec("double", "guidance_scale", required=False))
+        columns = [ColSpec("string", "prompt"), ColSpec(AnyType(), "negative_prompt", required=False), *columns]
+        columns.append(ColSpec(AnyType(), "guidance_scale", required=False))
         example.insert(0, "prompt", (class_names(folder) or ["a red seven on a white background"])[:1])
     return ModelSignature(inputs=Schema(columns), outputs=Schema([png])), example
 
@@ -119,6 +120,7 @@ def register_export(
 
     Raises:
         BadRequest: `folder` is no export, or the name cannot be a model's.
+        ValueError: `model_card` begins with facts that cannot be read.
     """
     from mlflow.exceptions import MlflowException
 
@@ -134,14 +136,19 @@ def register_export(
         if version.run_id == run_id and version.tags.get("export_digest") == digest:
             return f"models:/{name}/{version.version}"
     told = kind == "text_to_image" and _is_told_an_image(Path(folder))
-    card = model_card or cards.model_card(name, {**facts, "told_an_image": told})
-    logged = _log_model(client, run_id, Path(folder), kind, name, card, config_yaml, facts)
+    samples = (facts.get("data") or {}).get("samples")
+    lineage = {**lineage, "export_digest": digest, **({} if samples is None else {"samples": samples})}
+    known = {**facts, "told_an_image": told, "lineage": lineage}
+    card = cards.with_front_matter(model_card or cards.model_card(name, known), known)
+    sampling = {**facts.get("sampling", {}), "model": name, "model_digest": digest}  # pictures say what drew them
+    logged = _log_model(client, run_id, Path(folder), kind, name, card, config_yaml, {**facts, "sampling": sampling})
     try:
         patiently(client.create_registered_model, name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    tags = {key: str(value) for key, value in {**lineage, "export_digest": digest, "kind": kind}.items()}
+    card_digest = hashlib.sha256(card.encode()).hexdigest()  # promotion looks whether it is still this card
+    tags = {key: str(value) for key, value in {**lineage, "kind": kind, "card": card_digest}.items()}
     version = patiently(
         client.create_model_version,
         name,
@@ -149,7 +156,7 @@ def register_export(
         source=logged.artifact_location if uri.startswith("sqlite:") else f"models:/{logged.model_id}",
         run_id=run_id,
         tags=tags,
-        description=card[:_DESCRIPTION_LENGTH],
+        description=cards.split_card(card)[1][:_DESCRIPTION_LENGTH],
         model_id=logged.model_id,
     )
     return f"models:/{name}/{version.version}"
@@ -192,7 +199,7 @@ def _log_model(
             pip_requirements=[f"{package}=={_public_version(package)}" for package in _REQUIREMENTS],
             mlflow_model=Model(run_id=run_id, model_uuid=logged.model_id, model_id=logged.model_id),
         )
-        (model_folder / "README.md").write_text(card)
+        (model_folder / "README.md").write_text(card, encoding="utf-8")
         (model_folder / "config.yaml").write_text(config_yaml)
         client.log_model_artifacts(logged.model_id, str(model_folder))
     patiently(client.finalize_logged_model, logged.model_id, "READY")

@@ -33,7 +33,7 @@ NEARER = ["improve=[frechet_distance]", "share_of_real={}", "not_worse=[]", "cop
 def versions(alone: RunFolder, run_root: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Versions of `promo`: 1 all noise, 2 what a run learnt, 3 noise again."""
     described, result = alone.read("run.json") or {}, alone.read("result.json") or {}
-    lineage = {key: "x" for key in ("index_digest", "git_commit")} | {"seed": 0, "steps": small_run.STEPS}
+    lineage = {"index_digest": result["index_digest"], "git_commit": "x", "seed": 0, "steps": small_run.STEPS}
     config = yaml.safe_dump(json.loads(alone.config().model_dump_json()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RUN_ROOT", str(run_root))

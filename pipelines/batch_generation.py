@@ -8,7 +8,7 @@ import io
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,8 +23,9 @@ from pipelines.data.made import begin, facts_of, make_over_ray, written
 from pipelines.data.scan import CHUNK_SAMPLES, ShardFacts
 from pipelines.data.write import ShardBuffer
 from pipelines.drawing_options import complete_options, drawing_options
-from pipelines.generation import find_export
+from pipelines.generation import check_room, find_export, watermark_key
 from pipelines.pictures import provenance
+from pipelines.watermark import embed, fingerprint
 
 if TYPE_CHECKING:
     from genmodels.drawing import DrawingModel
@@ -42,6 +43,7 @@ class Work:
         options: of `draw`.
         shard_samples: pictures of a shard; the last one may have fewer.
         folder: of the shards.
+        watermark: key of the mark that pictures get, if they do; never written or shown.
     """
 
     prompts: list[str]
@@ -55,6 +57,7 @@ class Work:
     negative: str | None
     shard_samples: int
     folder: str
+    watermark: str | None = field(default=None, repr=False)
 
     def rows(self, shard: int) -> range:
         """The pictures of a shard."""
@@ -72,9 +75,9 @@ def generate_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("shard_samples", "actors"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise BadRequest(f"--{name.replace('_', '-')} must be 1 or more, not {value}")
-    options = drawing_options(arguments)
+    options, key = drawing_options(arguments), watermark_key(arguments.watermark)
     prompts, seeds = read_prompts(arguments.prompts, arguments.seed)
-    work = _work(arguments, options, prompts, seeds)
+    work = _work(arguments, options, prompts, seeds, key)
     content = json.dumps([prompts, seeds.tolist()]).encode()
     request = {
         "prompts": hashlib.sha256(content).hexdigest(),
@@ -85,6 +88,8 @@ def generate_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     request = json.loads(json.dumps(request))
     request["options"].pop("batch_size", None)  # it changes no picture
+    if key is not None:  # so that no folder has pictures of two keys
+        request["options"]["watermark"] = fingerprint(key)
     begin(work.folder, REQUEST, request, arguments.overwrite, "generate_shards.py", by=work.model)
     names = [f"{shard:06d}.tar" for shard in range(-(-len(prompts) // work.shard_samples))]
     before = {name: written(work.folder, name, CHUNK_SAMPLES) for name in names}
@@ -108,6 +113,7 @@ def generate_shards(arguments: argparse.Namespace) -> dict[str, Any]:
         "refused": refused,
         "model": work.model,
         "digest": work.digest,
+        **({} if key is None else {"watermark": "yes"}),
         "index_digest": index.digest,
         "seconds": round(time.perf_counter() - began, 2),
         "pictures_per_second": round(drawn / seconds, 3) if drawn else None,
@@ -153,7 +159,9 @@ def read_prompts(path: str, seed: int) -> tuple[list[str], np.ndarray]:
     return prompts, np.array(seeds, np.int64)
 
 
-def _work(arguments: argparse.Namespace, options: dict[str, Any], prompts: list[str], seeds: np.ndarray) -> Work:
+def _work(
+    arguments: argparse.Namespace, options: dict[str, Any], prompts: list[str], seeds: np.ndarray, key: str | None
+) -> Work:
     """With the model settled: an alias may be another version's while this runs."""
     from pipelines.training.config import absolute_url
 
@@ -172,6 +180,7 @@ def _work(arguments: argparse.Namespace, options: dict[str, Any], prompts: list[
         raise BadRequest(f"{arguments.model}: {error}") from None
     if not opened.conditional or opened.given_size:
         raise BadRequest(f"{arguments.model} does not draw from prompts alone: use generate.py")
+    check_room(key, opened.image_size)
     try:
         out = str(absolute_url(arguments.out))
     except ValueError as error:
@@ -188,6 +197,7 @@ def _work(arguments: argparse.Namespace, options: dict[str, Any], prompts: list[
         negative=arguments.negative,
         shard_samples=arguments.shard_samples,
         folder=Location.parse(out).folder,
+        watermark=key,
     )
 
 
@@ -247,6 +257,8 @@ def _draw(work: Work, rows: Sequence[int], model: DrawingModel) -> list[np.ndarr
 def _png(picture: np.ndarray, work: Work, row: int) -> bytes:
     facts = {"Model": work.model, "Model digest": work.digest, "Prompt": work.prompts[row]}
     settings = {**work.options, "negative_prompt": work.negative}
+    if work.watermark is not None:
+        picture, facts["Watermark"] = embed(picture[None], work.watermark)[0], "yes"
     info = provenance({**facts, "Seed": int(work.seeds[row]), "Settings": settings})
     stream = io.BytesIO()
     Image.fromarray(picture).save(stream, "PNG", pnginfo=info)

@@ -61,6 +61,12 @@ def main() -> None:
         help="of unCLIP: --count pictures from --image on, as --to-text differs from this",
     )
     add("--to-text", metavar="TEXT", help="see --from-text")
+    add(
+        "--watermark",
+        metavar="KEY",
+        help="mark pictures invisibly; names an environment variable or a file with the key, which "
+        "detect_watermark.py needs too (default: no mark)",
+    )
     add_drawing_arguments(parser)
     add("--device", help="cpu, cuda, … (default: a GPU where there is one)")
     add("--out", metavar="FOLDER", default="out/generated", help="where the files go (default: %(default)s)")

@@ -35,6 +35,12 @@ def main() -> None:
     )
     add("--negative", metavar="PROMPT", help="what to steer away from, for all pictures (default: nothing)")
     add("--shard-samples", type=int, default=1000, help="pictures of a shard (default: %(default)s)")
+    add(
+        "--watermark",
+        metavar="KEY",
+        help="mark pictures invisibly; names an environment variable or a file with the key, which "
+        "detect_watermark.py needs too (default: no mark)",
+    )
     add_drawing_arguments(parser, precision="auto")
     add("--actors", type=int, help="that draw side by side (default: one a GPU, or one a core)")
     add("--gpus", action="store_true", help="one GPU for each actor")

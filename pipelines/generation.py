@@ -17,6 +17,7 @@ from infra.registry import find_version
 from infra.storage import run_root
 from pipelines.data.decode import BadImage, decode_image
 from pipelines.drawing_options import complete_options, drawing_options
+from pipelines.watermark import SMALLEST, embed, read_key
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,20 +41,21 @@ def generate(arguments: argparse.Namespace) -> None:
         raise BadRequest(f"--count must be at least 1, not {arguments.count}")
     if arguments.count is not None and arguments.seeds:
         raise BadRequest("give --count or --seeds: each seed is a picture")
-    seeds = _read_seeds(arguments.seeds)
+    seeds, key = _read_seeds(arguments.seeds), watermark_key(arguments.watermark)
     folder = find_export(arguments.model, arguments.tracking_uri)
     kind = export_kind(folder)
     if kind != "text_to_image":
         raise BadRequest(f"{arguments.model} is of kind {kind}, which draws nothing by itself; name a diffusion model")
     settings = complete_options(options, folder)
     model = _open(folder, arguments.device, arguments.precision)
+    check_room(key, model.image_size)
     whole = is_unclip(folder)
     if not whole and (given := [name for name in OF_UNCLIP if getattr(arguments, name) is not None]):
         raise BadRequest(
             f"--{given[0].replace('_', '-')} is of models of all stages of unCLIP: {arguments.model} is none"
         )
     if whole and arguments.image is not None:
-        _vary(model, folder, arguments, settings, seeds)
+        _vary(model, folder, arguments, settings, seeds, key)
         return
     if whole:
         settings |= {} if arguments.by is None else {"by": arguments.by}
@@ -81,7 +83,18 @@ def generate(arguments: argparse.Namespace) -> None:
 
     told = {"image": arguments.image, "mask": arguments.mask, "precision": model.precision}
     kept = {name: value for name, value in settings.items() if name not in ("images", "masks", "embeddings")}
-    _finish(folder, arguments, {**kept, **told}, images, prompts, drawn_seeds, seconds)
+    _finish(folder, arguments, {**kept, **told}, images, prompts, drawn_seeds, seconds, key)
+
+
+def watermark_key(where: str | None) -> str | None:
+    """The key that --watermark names; None without one. Raises BadRequest."""
+    return None if where is None else read_key(where)
+
+
+def check_room(key: str | None, image_size: int) -> None:
+    """Raise BadRequest where pictures are too small for the mark that is asked for."""
+    if key is not None and image_size < SMALLEST:
+        raise BadRequest(f"--watermark needs pictures of {SMALLEST} pixels a side, and this model draws {image_size}")
 
 
 def _check_seeds(seeds: list[int]) -> None:
@@ -97,8 +110,9 @@ def _finish(
     titles: list[str] | None,
     seeds: list[int],
     seconds: float,
+    key: str | None,
 ) -> None:
-    """Write the pictures and what made them."""
+    """Write the pictures, with the mark of `key` if there is one, and what made them."""
     origin = {"model": arguments.model, "folder": str(folder), "digest": folder_digest(folder)}
     if arguments.model.startswith("models:"):  # an alias may be another version's tomorrow
         version = find_version(arguments.model, arguments.tracking_uri)
@@ -106,14 +120,24 @@ def _finish(
     out = Path(arguments.out).expanduser().absolute()
     drawn = {**settings, "negative_prompt": arguments.negative}
     summary = {**origin, **drawn, "seconds": round(seconds, 2)}
-    model = origin.get("version", arguments.model)
-    summary |= _write(out, images, titles, seeds, {"Model": model, "Model digest": origin["digest"]}, drawn)
+    facts = {"Model": origin.get("version", arguments.model), "Model digest": origin["digest"]}
+    if key is not None:
+        images = embed(images, key)
+        summary["watermark"] = facts["Watermark"] = "yes"
+    summary |= _write(out, images, titles, seeds, facts, drawn)
     write_summary(str(out / "generate.json"), summary)
     write_summary(arguments.summary, summary)
     print(f"{len(images)} pictures in {seconds:.1f} s: {summary['grid']}")
 
 
-def _vary(model: Any, folder: Path, arguments: argparse.Namespace, settings: dict[str, Any], seeds: list[int]) -> None:
+def _vary(
+    model: Any,
+    folder: Path,
+    arguments: argparse.Namespace,
+    settings: dict[str, Any],
+    seeds: list[int],
+    key: str | None,
+) -> None:
     """What unCLIP makes of a picture: variations, a path to another, or one along a difference of texts.
 
     Raises:
@@ -151,7 +175,8 @@ def _vary(model: Any, folder: Path, arguments: argparse.Namespace, settings: dic
     told = {name: getattr(arguments, name) for name in ("image", "to", "from_text", "to_text")}
     settings = {**settings, **told, "precision": model.precision}
     seconds = time.perf_counter() - started
-    _finish(folder, arguments, settings, images, None, drawn_seeds * (len(images) // len(drawn_seeds)), seconds)
+    seeds = drawn_seeds * (len(images) // len(drawn_seeds))
+    _finish(folder, arguments, settings, images, None, seeds, seconds, key)
 
 
 def _read_picture(name: str, path: str) -> np.ndarray:

@@ -13,8 +13,9 @@
 
 Every chunk holds `chunk_samples` samples but the last of a shard, which may hold fewer. So the order of the data
 follows from `index.json` alone, and a sidecar is fetched only to read its shard. The digest covers chunk_samples, names
-and checksums. For a glob in place of a folder the file is `index-<crc32 of the pattern>.json`. Where the folder cannot
-be written, index and sidecars are kept in a folder that the caller names (`index_root`).
+and checksums. For a glob in place of a folder the file is `index-<crc32 of the pattern>.json`. Beside it stays a copy
+under its digest, `index.<16 digits>.json`: what names that digest reads these shards, also when others have arrived.
+Where the folder cannot be written, index and sidecars are kept in a folder that the caller names (`index_root`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -105,6 +106,10 @@ class Location:
     def index_name(self) -> str:
         return "index.json" if self.pattern == "*.tar" else f"index-{zlib.crc32(self.pattern.encode()):08x}.json"
 
+    def pinned_name(self, digest: str) -> str:
+        """Of the copy of an index that stays."""
+        return f"{self.index_name.removesuffix('.json')}.{digest[:16]}.json"
+
     def shards(self) -> dict[str, int]:
         """Bytes of each shard by name, sorted. Raises BadRequest where there is none or no access."""
         check_access(self.folder)
@@ -119,8 +124,8 @@ class Location:
         return dict(sorted(sizes.items()))
 
 
-def _read_index(location: Location, root: str) -> dict[str, Any] | None:
-    path = f"{root}/{location.index_name}"
+def _read_index(location: Location, root: str, digest: str | None = None) -> dict[str, Any] | None:
+    path = f"{root}/{location.index_name if digest is None else location.pinned_name(digest)}"
     try:
         raw: dict[str, Any] = json.loads(read_bytes(path))
     except FileNotFoundError:
@@ -165,7 +170,7 @@ def write_index(location: Location, root: str, facts: dict[str, ShardFacts], chu
         shards.append(
             {"name": name, "bytes": size, "sha256": sha256, "samples": samples, "chunks": chunks, "damage": damage}
         )
-    raw = {
+    raw: dict[str, Any] = {
         "version": VERSION,
         "digest": digest.hexdigest(),
         "samples": sum(shard.samples for shard in facts.values()),
@@ -173,7 +178,9 @@ def write_index(location: Location, root: str, facts: dict[str, ShardFacts], chu
         "shards": shards,
     }
     _warn_of_damage({name: shard.damage for name, shard in ordered if shard.damage})
-    write_bytes(f"{root}/{location.index_name}", json.dumps(raw, separators=(",", ":")).encode())
+    text = json.dumps(raw, separators=(",", ":")).encode()
+    write_bytes(f"{root}/{location.pinned_name(raw['digest'])}", text)
+    write_bytes(f"{root}/{location.index_name}", text)
     return _to_index(location, root, raw)
 
 
@@ -261,16 +268,25 @@ def scan_here(
         yield name, scan_to_sidecar(location, root, name, chunk_samples, rescan)
 
 
-def load_index(url: str, index_root: str | None = None, build: bool = True, progress: bool = True) -> DatasetIndex:
+def load_index(
+    url: str,
+    index_root: str | None = None,
+    build: bool = True,
+    progress: bool = True,
+    digest: str | None = None,
+) -> DatasetIndex:
     """The index of the dataset at `url`, a folder of tars or a glob of them, local or s3://; built where there is none.
 
-    Damaged shards are told of each time, unless without `progress`: what they have lost nobody can count.
+    Damaged shards are told of each time, unless without `progress`: what they have lost nobody can count. With `digest`
+    the index that had this digest, whatever has arrived since.
 
     Raises BadRequest where nothing matches, access fails, the shards hold no samples, the shards are no longer those
     of the index, or the dataset is too large to be indexed by one process.
     """
     location = Location.parse(url)
     sizes = location.shards()
+    if digest is not None:
+        return _load_pinned(location, index_root, digest, sizes)
     for root in _roots(location, index_root):
         raw = _read_index(location, root)
         if raw is None:
@@ -294,3 +310,35 @@ def load_index(url: str, index_root: str | None = None, build: bool = True, prog
             + (f" (--index-root {index_root} where the shards' folder cannot be written)" if index_root else "")
         )
     return build_index(url, partial(scan_here, progress=progress), index_root)
+
+
+def _load_pinned(location: Location, index_root: str | None, digest: str, sizes: dict[str, int]) -> DatasetIndex:
+    for root in _roots(location, index_root):
+        raw = _read_index(location, root, digest)
+        if raw is None or raw["digest"] != digest:
+            continue
+        known = {shard["name"]: shard["bytes"] for shard in raw["shards"]}
+        if changed := [name for name, size in known.items() if sizes.get(name) != size]:
+            raise BadRequest(
+                f"data: {len(changed)} shards of index {digest[:12]} of {location.folder} are gone or changed, first "
+                f"{changed[0]}: put them back, or begin a run of another name"
+            )
+        return _to_index(location, root, raw)
+    raise BadRequest(f"data: {location.folder} has no index {digest[:12]} any more: leave out what names it")
+
+
+def with_share_of_new(index: DatasetIndex, old: DatasetIndex, share: float) -> DatasetIndex:
+    """An index in which shards come several times, so that about `share` of an epoch is of those that `old` lacks.
+
+    Whole numbers of times: the new ones or the others come once. Raises BadRequest where either is missing.
+    """
+    known = set(old.names)
+    is_new = np.array([name not in known for name in index.names])
+    new, others = int(index.shard_samples[is_new].sum()), int(index.shard_samples[~is_new].sum())
+    if not new or not others:
+        raise BadRequest(f"data.new_share={share:g}: {new} samples are new, and {others} are not; leave it null")
+    ratio = share * others / ((1 - share) * new)
+    times = np.where(is_new, max(1, round(ratio)), max(1, round(1 / ratio)))
+    places = np.repeat(np.arange(len(index.names)), times)
+    names = [index.names[place] for place in places]
+    return replace(index, names=names, shard_samples=index.shard_samples[places], shard_bytes=index.shard_bytes[places])

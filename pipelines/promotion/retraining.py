@@ -12,7 +12,7 @@ from infra.errors import BadRequest, check_summary, write_summary
 from infra.mlflow_store import check_tracking, open_client
 from infra.promotion import LEFT, champion_of, verify_version
 from infra.registry import find_version
-from pipelines.data.index import refresh_index
+from pipelines.data.index import DatasetIndex, load_index, refresh_index
 from pipelines.evaluation.command import add_measuring_arguments, request_of
 from pipelines.promotion.command import read_gates, show
 from pipelines.training.config import TrainConfig, load_config
@@ -41,6 +41,8 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         help="weights to begin with (default: %(default)s; from scratch where there is no champion)",
     )
     add("--samples", type=int, help="samples to train on, in whole steps (default: the preset's run.steps)")
+    add("--hours", type=float, help="hours of training after which it ends, if it is not through before")
+    add("--new-share", type=float, metavar="SHARE", help="share of an epoch that is new since the champion's training")
     add("--again", action="store_true", help="also on data on which a version was trained, and refused")
     add("--gates", metavar="FILE", help="YAML file with gates that replace the defaults of promote.py")
     add("--gate", action="append", default=[], metavar="key=value", help="replaces a gate; may be given more than once")
@@ -67,13 +69,12 @@ def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
     name = named["name"]
     request = request_of(arguments, f"models:/{name}")
     champion = _champion(uri, name)
-    config = _configure(arguments, uri, name, champion)
+    config, index = _configure(arguments, uri, name, champion)
     summary: dict[str, Any] = {"model": name, "run": config.run.name, "champion": champion, "promoted": False}
     _check_judgeable(config, request)
     if champion is not None:
         verify_version(uri, name, champion)
     indexes = RunFolder.of(config).path("index")
-    index = refresh_index(config.data.url, indexes)
     for url in (config.data.validation_url, config.data.other_url, config.data.other_validation_url):
         if url is not None:
             refresh_index(url, indexes)
@@ -109,8 +110,10 @@ def _champion(uri: str, name: str) -> str | None:
     return champion_of(uri, name)
 
 
-def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str | None) -> TrainConfig:
-    """The configuration of the period's run; its first launch has settled where it begins."""
+def _configure(
+    arguments: argparse.Namespace, uri: str, name: str, champion: str | None
+) -> tuple[TrainConfig, DatasetIndex]:
+    """The configuration of the period's run, and its shards; its first launch has settled both, and where it begins."""
     period = arguments.period or time.strftime("%Y-%m-%d", time.gmtime())
     own: dict[str, str | None] = {"run.name": f"{name}-{period}", "tracking.register_as": name, "tracking.uri": uri}
     own["run.continue_from"] = None  # of a preset that a search wrote
@@ -123,13 +126,24 @@ def _configure(arguments: argparse.Namespace, uri: str, name: str, champion: str
         if arguments.samples < config.data.global_batch_size:
             raise BadRequest(f"--samples {arguments.samples}: a step alone takes {config.data.global_batch_size}")
         fixed.append(f"run.steps={arguments.samples // config.data.global_batch_size}")
+    if arguments.hours is not None:
+        fixed.append(f"run.max_hours={arguments.hours}")
     folder = RunFolder.of(config)
     begun = folder.read("config.json")
-    start = None if champion is None or arguments.start == "scratch" else f"models:/{name}/{champion}"
-    if begun is not None:
-        start = begun["run"]["init_from"]
-    fixed.append(f"run.init_from={json.dumps(start)}")
-    return load_config(arguments.preset, [*arguments.overrides, *fixed])
+    settled: dict[str, Any]
+    if begun is None:
+        index = refresh_index(config.data.url, folder.path("index"))
+        start = None if champion is None or arguments.start == "scratch" else f"models:/{name}/{champion}"
+        settled = {"run.init_from": start, "data.index": index.digest, "data.old_index": None, "data.new_share": None}
+        if arguments.new_share is not None and champion is not None:
+            known = find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest")
+            settled |= {"data.old_index": known, "data.new_share": arguments.new_share}
+    else:
+        index = load_index(config.data.url, folder.path("index"), progress=False, digest=begun["data"].get("index"))
+        settled = {"run.init_from": begun["run"]["init_from"]}
+        settled |= {f"data.{key}": begun["data"].get(key) for key in ("index", "old_index", "new_share")}
+    fixed += [f"{key}={json.dumps(value)}" for key, value in settled.items()]
+    return load_config(arguments.preset, [*arguments.overrides, *fixed]), index
 
 
 def _nothing_new(uri: str, name: str, champion: str | None, digest: str, again: bool) -> str | None:

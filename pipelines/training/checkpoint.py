@@ -233,7 +233,7 @@ def adopt(source: Checkpoint, folder: str) -> Checkpoint:
     target = storage.join(folder, f"{source.step:08d}-{secrets.token_hex(4)}")
     for name in source.manifest["files"]:
         storage.write_bytes(storage.join(target, name), source.read_file(name))
-    ended = ("finished", "stopped_early", "figures", "measured", "best")  # of the other run
+    ended = ("finished", "stopped_early", "figures", "measured", "best", "training_hours")  # of the other run
     manifest = {key: value for key, value in source.manifest.items() if key not in ended} | {"number": 1}
     storage.write_bytes(storage.join(target, "manifest.json"), json.dumps(manifest, indent=1).encode())
     return Checkpoint(target, manifest)

@@ -47,6 +47,9 @@ class RunConfig(Section):
     root: str | None = Field(None, description="folder or s3:// URL that holds runs [RUN_ROOT, else ~/genmodels-runs]")
     seed: int = Field(0, description="all randomness follows from it and from the position in the data")
     steps: int = Field(gt=0, description="training steps; one step consumes one global batch")
+    max_hours: float | None = Field(
+        None, gt=0, description="hours of training after which it ends, at the next logged step [run.steps alone]"
+    )
     log_every: int = Field(10, gt=0, description="steps between logged metrics")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
     keep_checkpoints: int = Field(2, gt=0, description="checkpoints kept")
@@ -109,6 +112,16 @@ class DataConfig(Section):
     horizontal_flip: bool = Field(False, description="mirror half of the images")
     image: str | None = Field(None, description="shard member with the image, as photo.png [the only jpg, png, …]")
     caption: str | None = Field("txt", description="shard member with the caption: txt, or json:KEY; null: images only")
+    index: str | None = Field(
+        None, description="digest of the index of url to read by, whatever has arrived since [that of all shards]"
+    )
+    old_index: str | None = Field(None, description="digest of an earlier index of url: what it lacks is new")
+    new_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of an epoch that is new; new or old shards come several times for it [once]",
+    )
     license: str | None = Field(None, description="of images and captions, for the model's card")
     max_bad_share: float = Field(0.001, ge=0, le=1, description="share of bad samples above which the run stops")
     read_cpus: float = Field(1, gt=0, description="CPUs that Ray Data may use for each worker's reading")
@@ -319,6 +332,8 @@ class TrainConfig(Section):
             )
         if metric in _DRAWN and not self.evaluation.every:
             wrong.append(f"best.metric={metric} is measured by evaluation.every: set it")
+        if data.new_share is not None and data.old_index is None:
+            wrong.append("data.new_share needs data.old_index: what is not in it is new")
         if self.run.init_from is not None and self.run.continue_from is not None:
             wrong.append("run.init_from takes weights alone, run.continue_from all state of a run: give one of them")
         if wrong:
@@ -356,8 +371,8 @@ _OF_DISCRIMINATORS = ("val_loss", "val_accuracy", "val_accuracy_real", "val_accu
 
 # What a run may change and still be the same run, resumed.
 MAY_CHANGE = (
-    "run.root", "run.steps", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints", "run.validate_every",
-    "run.validation_samples", "run.audit", "ema.store_every", "evaluation", "best",
+    "run.root", "run.steps", "run.max_hours", "run.log_every", "run.checkpoint_every", "run.keep_checkpoints",
+    "run.validate_every", "run.validation_samples", "run.audit", "ema.store_every", "evaluation", "best",
     "run.preview_every", "run.preview_samples", "run.max_skipped_steps", "data.micro_batch", "data.read_cpus",
     "data.prefetch_batches", "data.max_bad_share", "data.license", "engine", "engines", "workers", "tracking",
     "precision.compile", "precision.activation_checkpointing", "precision.channels_last", "objective.zero_shot",

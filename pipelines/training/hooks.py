@@ -61,6 +61,7 @@ class RunHooks:
         self.world_size = dist.get_world_size()
         self.shown: dict[str, Any] = {}
         self._shown_at = 0.0
+        self._began, self._spent_before = time.monotonic(), 3600 * float(facts.get("training_hours", 0.0))
         self._validation: list[RankBatch] | None = None
         self._extractor = extractor
         self._drawn: DrawnPictures | None = None
@@ -71,6 +72,7 @@ class RunHooks:
         log = last or step % run.checkpoint_every == 0 or step % run.log_every == 0
         if log:
             self._log(trainer, step)
+            last = self._time_is_over() or last
         validated: dict[str, float] = {}
         if self.data.validation is not None and run.validation_samples and (last or step % run.validate_every == 0):
             self._show(step, force=True, doing="validating")
@@ -132,6 +134,18 @@ class RunHooks:
         samples = step * self.config.data.global_batch_size * (1 if self.data.other is None else 2)
         if self.quarantine.too_many(self.bad_samples, samples):  # the counts are the same on all ranks
             raise self._data_failure(f"{self.bad_samples} of the {samples} samples read so far")
+
+    def _time_is_over(self) -> bool:
+        """Whether the run has trained for as long as it may, over all its starts, by rank 0's clock. Collective."""
+        spent = self._spent_before + time.monotonic() - self._began
+        self.facts["training_hours"] = spent / 3600
+        if self.config.run.max_hours is None:
+            return False
+        over = [spent >= 3600 * self.config.run.max_hours]
+        dist.broadcast_object_list(over, 0)
+        if over[0]:
+            self.facts["stopped_early"] = {"max_hours": self.config.run.max_hours}
+        return bool(over[0])
 
     def _data_failure(self, counts: str) -> DataFailure:
         """The error that names a bad sample, whichever rank met it. Collective."""
@@ -196,7 +210,7 @@ class RunHooks:
         elif known is not None:
             self.facts["best"] = {**known, "waited": known["waited"] + 1}
             if best.patience and known["waited"] + 1 >= best.patience:
-                self.facts["stopped_early"] = best.patience
+                self.facts["stopped_early"] = {"patience": best.patience}
                 return True
         return False
 

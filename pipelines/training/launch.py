@@ -152,8 +152,9 @@ def _finished(
 
 
 def _is_complete(newest: Checkpoint, config: TrainConfig) -> bool:
-    if newest.manifest.get("stopped_early") is not None:
-        return newest.finished and newest.manifest["stopped_early"] == config.best.patience
+    if (why := newest.manifest.get("stopped_early")) is not None:  # and neither limit was lifted since
+        limits = {"patience": config.best.patience, "max_hours": config.run.max_hours}
+        return newest.finished and all(limits[limit] == value for limit, value in why.items())
     return newest.finished and newest.step >= config.run.steps
 
 

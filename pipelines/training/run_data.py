@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from infra.model_card import NOT_STATED
 from pipelines.data.batch import RankBatch
 from pipelines.data.fixed import read_fixed
-from pipelines.data.index import DatasetIndex, load_index
+from pipelines.data.index import DatasetIndex, load_index, with_share_of_new
 from pipelines.data.order import DataOrder
 from pipelines.data.seeds import mix
 from pipelines.data.spec import SampleSpec
@@ -38,11 +39,13 @@ class RunData:
     @staticmethod
     def load(config: TrainConfig, index_root: str, **how: Any) -> RunData:
         """Read the indexes; `how` is `load_index`'s. Raises BadRequest as that does."""
-        train, *others = (
-            None if url is None else load_index(url, index_root, **how) for url in data_urls(config).values()
-        )
-        assert train is not None
-        return RunData(train, *others)
+        url, *others = data_urls(config).values()
+        assert url is not None
+        train = load_index(url, index_root, **how, digest=config.data.index)
+        if config.data.new_share is not None:
+            old = load_index(url, index_root, **how, digest=config.data.old_index)
+            train = with_share_of_new(train, old, config.data.new_share)
+        return RunData(train, *(None if url is None else load_index(url, index_root, **how) for url in others))
 
     @property
     def facts(self) -> dict[str, str]:
@@ -51,12 +54,20 @@ class RunData:
         return known if self.other is None else {**known, "other_index_digest": self.other.digest}
 
     def described(self, config: TrainConfig) -> dict[str, Any]:
-        """For the model's card."""
-        told = {"url": config.data.url, "samples": self.train.samples, "index digest": self.train.digest}
+        """For the model's card: where the data is, whose terms it is under, and what of it was used, how."""
+        data = config.data
+        told = {"url": data.url, "samples": self.train.samples, "index digest": self.train.digest}
         if self.other is not None:
-            own = {"url": config.data.other_url, "samples": self.other.samples, "index digest": self.other.digest}
+            own = {"url": data.other_url, "samples": self.other.samples, "index digest": self.other.digest}
             told |= {f"other {name}": value for name, value in own.items()}
-        return told
+        return told | {
+            "licence": data.license or NOT_STATED,
+            "image": data.image or "the only one of a sample",
+            "caption": data.caption or "none",
+            "crop": f"{data.crop}, after resizing the shorter side to {config.objective.image_size}",
+            "mirrored": "half of the images" if data.horizontal_flip else "none",
+            "largest allowed share of bad samples": f"{data.max_bad_share:g}",
+        }
 
     @property
     def drawn_like(self) -> DatasetIndex:

@@ -112,6 +112,7 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
     facts = {
         "mlflow_run_id": job["mlflow_run_id"],
         **data.facts,
+        "training_hours": 0.0 if checkpoint is None else checkpoint.manifest.get("training_hours", 0.0),
         "marks": {**job["marks"], "workers": entered, "building": time.time()},
     }
     if config.best.metric is not None:

@@ -12,9 +12,11 @@ import pytest
 import webdataset
 
 from infra.errors import BadRequest
-from pipelines.data.index import build_index, load_index, scan_here
-from pipelines.data.scan import scan_file, scan_shard
+from pipelines.data.index import build_index, load_index, refresh_index, scan_here, with_share_of_new
+from pipelines.data.order import DataOrder
+from pipelines.data.scan import CHUNK_SAMPLES, scan_file, scan_shard
 from pipelines.data.tar import split_name
+from pipelines.data.write import ShardBuffer
 from tests.pipelines.data.shards import encode, numbered_image, pairs, write_shards, write_tar
 
 
@@ -198,3 +200,45 @@ def test_long_names_and_keys_by_webdatasets_rule(tmp_path):
         assert scan.samples == 1 and not scan.damage and not scan.flaws
     assert split_name("a.b/c.d.e") == webdataset.tariterators.base_plus_ext("a.b/c.d.e")
     assert split_name("README") is None and split_name("a/.hidden") is None
+
+
+def test_an_index_is_read_by_its_digest_whatever_has_arrived_since(tmp_path):
+    first = load_index(write(tmp_path, "a", 40), progress=False)
+    write(tmp_path, "b", 24)
+    with pytest.raises(BadRequest, match="out of date"):
+        load_index(str(tmp_path), progress=False)
+    both = refresh_index(str(tmp_path))
+    assert (first.samples, both.samples) == (40, 64) and first.digest != both.digest
+    pinned = load_index(str(tmp_path), build=False, progress=False, digest=first.digest)
+    assert (pinned.names, pinned.digest, pinned.samples) == (["a.tar"], first.digest, 40)
+    assert [pinned.sidecar(0).samples, both.sidecar(1).samples] == [40, 24]
+    with pytest.raises(BadRequest, match="has no index 000000000000 any more"):
+        load_index(str(tmp_path), digest="0" * 64)
+    (tmp_path / "a.tar").unlink()
+    with pytest.raises(BadRequest, match=r"1 shards of index \w{12} of .* are gone or changed, first a.tar"):
+        load_index(str(tmp_path), digest=first.digest)
+
+
+@pytest.mark.parametrize(("share", "times"), [(0.5, (1, 5)), (0.2, (1, 1)), (0.05, (4, 1)), (0.9, (1, 45))])
+def test_new_shards_come_as_often_as_their_share_asks_for(tmp_path, share, times):
+    for name in "abcde":
+        write(tmp_path, name, 32)
+    old = load_index(str(tmp_path), progress=False)
+    write(tmp_path, "f", 32)
+    mixed = with_share_of_new(refresh_index(str(tmp_path)), old, share)
+    assert [mixed.names.count(f"{name}.tar") for name in "abcdef"] == [times[0]] * 5 + [times[1]]
+    assert mixed.samples == 32 * (5 * times[0] + times[1])
+    assert abs(times[1] / (5 * times[0] + times[1]) - share) < 0.04
+    order = DataOrder(mixed, 0, lanes=4, global_batch=16, slots_per_lane=8)
+    assert order.samples == mixed.samples
+    with pytest.raises(BadRequest, match=r"data.new_share=.*: 0 samples are new, and 160 are not"):
+        with_share_of_new(old, old, share)
+
+
+def write(folder, name, samples):
+    """A shard of so many samples; returns the folder."""
+    buffer = ShardBuffer()
+    for number in range(samples):
+        buffer.add(f"{name}-{number}", {"png": b"p", "txt": b"t"})
+    buffer.write(str(folder), f"{name}.tar", CHUNK_SAMPLES)
+    return str(folder)

@@ -108,7 +108,10 @@ def test_overwriting_leaves_nothing_of_the_old(tmp_path):
     write_shards(tmp_path, 30, 10, chunk_samples=4)
     with ShardWriter(str(tmp_path), 10, overwrite=True) as writer:
         writer.write("a", {"png": encode(numbered_image(1)), "txt": b"c"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00000.tar.index.json", "index.json"]
+    kept = load_index(str(tmp_path))
+    assert kept.samples == 1
+    names = ["00000.tar", "00000.tar.index.json", f"index.{kept.digest[:16]}.json", "index.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     with pytest.raises(ValueError, match="dot"):
         ShardWriter(str(tmp_path / "b")).write("a.b", {})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import pytest
 
 from infra.errors import BadRequest
 from infra.mlflow_store import open_client
+from pipelines.data.index import load_index
 from pipelines.promotion.retraining import argument_parser, retrain
+from pipelines.training.checkpoint import list_checkpoints
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder
 from tests.pipelines.training import small_run
@@ -28,20 +32,30 @@ def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypat
     small_run.write_digits(str(held_out), 40)
     small_run.write_digits(str(shards), 64)
 
-    def call(*arguments: str, samples: int = 96, **gates: str) -> dict[str, Any]:
+    def typed(*arguments: str, samples: int = 96, **gates: str) -> list[str]:
         told = [part for key, value in (OPEN | gates).items() for part in ("--gate", f"{key}={value}")]
         command = ["models:/again", str(preset), f"data.url={shards}", f"data.validation_url={held_out}"]
         command += ["run.checkpoint_every=3", "--samples", str(samples), *arguments, *MEASURED, *told]
-        return retrain(argument_parser().parse_intermixed_args([*command, "--summary", str(tmp_path / "summary.json")]))
+        return [*command, "--summary", str(tmp_path / "summary.json")]
 
-    call.shards = shards  # type: ignore[attr-defined]
+    def call(*arguments: str, samples: int = 96, **gates: str) -> dict[str, Any]:
+        return retrain(argument_parser().parse_intermixed_args(typed(*arguments, samples=samples, **gates)))
+
+    call.shards, call.typed = shards, typed  # type: ignore[attr-defined]
     return call
 
 
 def test_a_model_is_trained_again_where_its_data_have_grown(
     run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    _kill_in_the_middle(run.typed("--period", "one"), run_root, tmp_path)
+    assert not [model.name for model in open_client(None).search_registered_models("name = 'again'")]
+    late = run.shards / "late-00000.tar"  # arrives meanwhile: the run goes on with its own shards
+    late.write_bytes((run.shards / "00000.tar").read_bytes())
     first = run("--period", "one")
+    late.unlink()
+    assert RunFolder(first["run_folder"]).config().data.index == load_index(str(run.shards)).digest
+    assert len(open_client(None).search_model_versions("name = 'again'")) == 1
     assert (first["event"], first["promoted"], first["champion"]) == ("first", True, "1")
     assert json.loads((tmp_path / "summary.json").read_text())["run"] == "again-one"
     for period in ("one", "two"):
@@ -53,11 +67,14 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
     small_run.write_digits(str(run.shards / "more"), 32)
     (run.shards / "more" / "00000.tar").rename(run.shards / "more-00000.tar")
     capsys.readouterr()
-    worse = run("--period", "two", improve_by="{frechet_distance: 1.0e+9}")
+    worse = run("--period", "two", "--new-share", "0.5", "--hours", "1", improve_by="{frechet_distance: 1.0e+9}")
     assert "96 samples, other than those of champion 1" in capsys.readouterr().out
     assert (worse["event"], worse["outcome"], worse["champion"]) == ("refused", "refused", "1")
     client = open_client(None)
     version = client.get_model_version("again", worse["version"])
+    settled = RunFolder(worse["run_folder"]).config()
+    assert (settled.data.new_share, settled.run.max_hours) == (0.5, 1.0)
+    assert settled.data.old_index == client.get_model_version("again", "1").tags["index_digest"]
     assert version.tags["init_from"] == "models:/again/1" and RunFolder(worse["run_folder"]).config().run.steps == 6
     known = run("--period", "three")
     assert known["event"] == "nothing_new"
@@ -71,6 +88,17 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
     judged = run("--period", "two", "--again", certain="false", improve="[precision]", improve_by="{precision: 1}")
     assert (judged["version"], judged["event"]) == ("2", "refused") and "precision" in judged["reason"]
     assert len(client.search_model_versions("name = 'again'")) == 3
+
+
+def _kill_in_the_middle(arguments: list[str], run_root: Path, folder: Path) -> None:
+    """Type the command, and switch the machine off at the first checkpoint of its training."""
+    command = [sys.executable, str(small_run.CHECKOUT / "pipelines" / "retrain.py"), *arguments]
+    process = subprocess.Popen(command, env=small_run.environment(run_root), cwd=folder, start_new_session=True)
+    try:
+        checkpoints = RunFolder(str(run_root / "again-one")).checkpoints
+        small_run.wait_until(lambda: bool(list_checkpoints(checkpoints)), 120, "a checkpoint of the retraining")
+    finally:
+        small_run.kill_tree(process)
 
 
 def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: Path) -> None:

@@ -72,7 +72,8 @@ def _go(
 ) -> Any:
     """Steps until the hooks say that it was the last one; the step, the best checkpoint's, and the last manifest."""
     config = run_of(root, **best)
-    config = config.model_copy(update={"run": config.run.model_copy(update={"preview_samples": 0})})
+    changed = {"preview_samples": 0, **facts.pop("run", {})}
+    config = config.model_copy(update={"run": config.run.model_copy(update=changed)})
     folder = RunFolder(str(root / "run"))
     index = load_index(config.data.url, build=False)
     quarantine = Quarantine(folder.path("quarantine"), 0, 1.0, 2)
@@ -104,8 +105,16 @@ def test_the_best_checkpoint_is_kept_and_no_other(tmp_path):
 @pytest.mark.slow
 def test_higher_can_be_better_and_patience_ends_training(tmp_path):
     last, kept, _, newest = go(tmp_path, [1.0, 4.0, 3.0, 4.0, 5.0, 6.0], {"better": "higher", "patience": 2})
-    assert (last, kept) == (8, [4]) and newest["finished"] and newest["stopped_early"] == 2
+    assert (last, kept) == (8, [4]) and newest["finished"] and newest["stopped_early"] == {"patience": 2}
     assert {key: newest["best"][key] for key in ("step", "value", "waited")} == {"step": 4, "value": 4.0, "waited": 2}
+
+
+@pytest.mark.slow
+def test_training_ends_after_so_many_hours_of_all_its_starts(tmp_path):
+    limited = {"run": {"max_hours": 2.0, "log_every": 4}, "training_hours": 2.5}
+    last, _, _, newest = go(tmp_path, [1.0] * 6, facts=limited)
+    assert last == 4 and newest["finished"] and newest["stopped_early"] == {"max_hours": 2.0}
+    assert 2.5 < newest["training_hours"] < 2.6
 
 
 @pytest.mark.slow

@@ -39,7 +39,7 @@ def refused(*assignments: str, preset: str = "ldm_demo") -> str:
 GIVEN = {
     name: ["data.url=s3://bucket/shards"]
     for name in PRESET_NAMES
-    if not name.endswith("_demo") and "variants" not in name
+    if not name.endswith("_demo") and "variants" not in name and "lifecycle" not in name
 }
 for _name in ("ldm_256", "sd1", "sd2"):
     GIVEN[_name].append("objective.text_encoder.path=clip")

@@ -58,6 +58,10 @@ class _Board:
     def progress(self) -> _Board:
         return self
 
+    @property
+    def measured(self) -> _Board:
+        return self
+
     def remote(self, entry: dict[str, Any]) -> None:
         pass
 

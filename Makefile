@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export MLFLOW_DISABLE_TELEMETRY ?= true
 
-.PHONY: help setup demo demo-ldm-variants demo-unclip demo-gan demo-gan-variants bench test test-fast lint clean
+.PHONY: help setup demo demo-ldm-variants demo-unclip demo-gan demo-gan-variants demo-lifecycle bench test test-fast lint clean
 
 help:
 	@echo "make demo       train the demo: autoencoder, text encoder, latent diffusion, pictures, report (7 minutes on 2 cores)"
@@ -23,6 +23,7 @@ help:
 	@echo "make demo-unclip         CLIP, priors, decoder, upsampler: from a sentence to a picture through all (16 minutes on 2 cores)"
 	@echo "make demo-gan            a GAN from sentences, set beside latent diffusion (under 10 minutes on 2 cores)"
 	@echo "make demo-gan-variants   every loss and network of GANs, image to image, few labels, AttnGAN (under 20 minutes on 2 cores)"
+	@echo "make demo-lifecycle      search, promotion, retraining, poisoned data, rollback, on a cluster in a box (25 minutes on 2 cores)"
 	@echo "make test       lint, types and all tests (about 31 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
 	@echo "make bench      what the machinery costs, side by side with the bare thing (under 20 minutes on 2 cores)"
@@ -49,6 +50,9 @@ demo-gan: setup
 
 demo-gan-variants: setup
 	$(BIN)/python pipelines/demo/gan_variants.py --out out/demo-gan-variants.json
+
+demo-lifecycle: setup
+	$(BIN)/python pipelines/demo/lifecycle.py --out out/demo-lifecycle.json
 
 demo-ldm-variants: setup
 	$(BIN)/python pipelines/demo/variants.py --out out/demo-ldm-variants.json

@@ -16,15 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import secrets
 import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,18 +36,12 @@ from infra import storage
 from infra.errors import BadRequest, RunFailed, main_exit
 from infra.stack import parts as stack_parts
 from infra.stack import processes
+from infra.stack.jobs import MISLEADING
 from infra.stack.processes import Part
 
 _SECONDS = 180.0  # that a part may take to answer, on a machine that is busy with others
 _KEPT = ("s3", "mlflow", "scratch")  # survive `down`, unless purged
 _OWN = (*_KEPT, "logs", "ray_token", "stack.json", "stack.env", "stack.lock")
-_MISLEADING = ("RAY_ADDRESS", "RAY_AUTH_TOKEN", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_ENDPOINT_URL_S3")
-"""Variables that would take precedence over those of the stack."""
-# What `ray job submit` and the job's supervisor say about themselves.
-_OF_RAY = re.compile(
-    r"^(\d{4}-\d\d-\d\d [\d:,]+\s+(INFO|SUCC|WARNING) (cli|packaging|working_dir|dashboard_sdk|job_manager|worker)\.py"
-    r"|Running entrypoint for job |-+$|Job 'job-\w+' (succeeded|failed)|\s*$|.*\(raylet\).* PYTHON worker processes)"
-)
 
 
 def default_folder() -> Path:
@@ -188,7 +179,7 @@ class LocalStack:
         complete.touch()
         for name in workers:
             self._wait(name, lambda name=name: name in stack_parts.living_nodes(urls["dashboard"], token))  # type: ignore[misc]
-        lines = [f"unset {' '.join(_MISLEADING)}"]
+        lines = [f"unset {' '.join(MISLEADING)}"]
         lines += [f"export {name}={shlex.quote(value)}" for name, value in settings.items()]
         stack_parts.write_secret(self.folder / "stack.env", "\n".join(lines) + "\n")
 
@@ -293,48 +284,6 @@ def _alone(folder: Path) -> Iterator[None]:
 def _admin_password(folder: Path) -> str:
     lines = (folder / "mlflow" / "auth.ini").read_text().splitlines()
     return next(line.partition(" = ")[2] for line in lines if line.startswith("admin_password"))
-
-
-def submit(
-    stack: LocalStack | Mapping[str, str],
-    entrypoint: list[str],
-    working_dir: str | os.PathLike[str],
-    env_vars: Mapping[str, str] | None = None,
-    quiet: bool = False,
-) -> int:
-    """Run `ray job submit` and print its lines as they come; returns the exit code of the job's entrypoint.
-
-    `stack` is a stack or the variables of its stack.env. `env_vars` are readable by all who see the dashboard: they
-    carry no secrets, which jobs find in the environment of the nodes. With `quiet` only what the entrypoint itself says
-    is printed.
-    """
-    settings = stack.environment() if isinstance(stack, LocalStack) else dict(stack)
-    environment = {name: value for name, value in os.environ.items() if name not in _MISLEADING}
-    environment |= {**settings, "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-    job = f"job-{uuid.uuid4().hex[:12]}"
-    command = [stack_parts.program("ray"), "job", "submit", "--submission-id", job, "--working-dir", str(working_dir)]
-    if env_vars:
-        command += ["--runtime-env-json", json.dumps({"env_vars": dict(env_vars)})]
-    process = subprocess.Popen(
-        [*command, "--log-color", "false", "--", *entrypoint],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if not (quiet and _OF_RAY.search(line)):
-            print(line, end="", flush=True)
-    code = process.wait()
-    try:
-        headers = {"Authorization": f"Bearer {Path(settings['RAY_AUTH_TOKEN_PATH']).read_text().strip()}"}
-        _, answer = stack_parts.ask(f"{settings['RAY_API_SERVER_ADDRESS']}/api/jobs/{job}", headers=headers)
-        said = json.loads(answer).get("driver_exit_code")
-    except (OSError, ValueError, KeyError, AttributeError):
-        said = None
-    return code if said is None else int(said)  # `ray job submit` itself says 1 for every failure
 
 
 def _print_status(stack: LocalStack) -> bool:

@@ -83,20 +83,22 @@ def domains(search: SearchConfig) -> dict[str, Any]:
 
 
 def _optuna(search: SearchConfig, known: list[Trial]) -> Any:
+    """Optuna's tree-structured Parzen estimator, told of the trials that are complete."""
     try:
+        import optuna
         from ray.tune.search.optuna import OptunaSearch
-
-        mode = "min" if search.better == "lower" else "max"
-        optuna = OptunaSearch(domains(search), metric=search.metric, mode=mode, seed=search.seed + len(known))
-    except (ImportError, AssertionError):
-        raise BadRequest(
-            "search.method=optuna needs the package optuna: pip install 'genmodels-on-ray[optuna]'"
-        ) from None
+    except ImportError:
+        raise BadRequest("search.method=optuna needs optuna: pip install 'genmodels-on-ray[optuna]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    mode = "min" if search.better == "lower" else "max"
+    space = OptunaSearch.convert_search_space(domains(search))
+    # Another seed, or it would choose again what the trials on record have.
+    chooser = OptunaSearch(space, metric=search.metric, mode=mode, seed=search.seed + len(known))
     for trial in known:
         value = trial.value(search.metric)
         if trial.complete and value is not None:
-            optuna.add_evaluated_point(trial.values, value)
-    return optuna
+            chooser.add_evaluated_point(trial.values, value)
+    return chooser
 
 
 def scheduler(search: SearchConfig) -> TrialScheduler:

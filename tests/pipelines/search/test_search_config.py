@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,27 @@ def test_the_best_trial_is_one_that_came_furthest() -> None:
     trials = [Trial.new("s", 4, {}), failed, far, early, better]
     assert [trial.number for trial in ranked(trials, "val_loss", "lower")][:3] == [1, 0, 2]
     assert [trial.number for trial in ranked(trials, "val_loss", "higher")][:3] == [0, 1, 2]
+
+
+def test_optuna_learns_from_what_is_on_record(tmp_path: Path) -> None:
+    from pipelines.search.suggestions import Suggestions
+
+    _, search = load(tmp_path, "search.method=optuna", "search.trials=25")
+    folder = RunFolder(str(tmp_path))
+
+    def loss(values: dict[str, Any]) -> float:
+        return abs(math.log10(values["optimizer.learning_rate"]) + 3.5)  # the best is 3.2e-4
+
+    first = Suggestions(search, [], [], folder)
+    for number in range(14):
+        point = first.suggest(f"t{number}")
+        assert point is not None and point["number"] == number and 1e-4 <= point["optimizer.learning_rate"] <= 1e-2
+        trial = replace(read_trials(folder)[number].reported(entry(100, loss(point))), complete=True)
+        trial.save(folder)
+        first.on_trial_complete(f"t{number}", {"val_loss": loss(point), "config": point})
+    again = Suggestions(search, [], read_trials(folder), folder)  # as after a killed driver
+    points = [again.suggest(f"u{number}") for number in range(26)]
+    assert points.pop() is None
+    values = [{key: value for key, value in point.items() if key != "number"} for point in points if point is not None]
+    assert values == [trial.values for trial in read_trials(folder)]
+    assert sum(map(loss, values[14:])) / 11 < 0.7 * sum(map(loss, values[:10])) / 10  # ten are drawn at random

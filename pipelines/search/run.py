@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from rich.console import Console
@@ -23,9 +23,6 @@ from pipelines.training.inputs import prepare_inputs
 from pipelines.training.launch import git_commit, prepare_data
 from pipelines.training.lease import Lease
 from pipelines.training.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    pass
 
 # What trials need of the driver's environment, where they run on another node or in a Ray that was there before.
 _ENVIRONMENT = ("RUN_ROOT", "MLFLOW_TRACKING_URI")
@@ -44,7 +41,8 @@ def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
     configs = [trial_config(base, search, f"{search.name}-{n:04d}", values) for n, values in enumerate(drawn)]
     config = trial_config(base, search, search.name, drawn[0] if drawn else {})
     folder = RunFolder.of(config)
-    _check_room([config, *configs], search)
+    for each in (config, *configs):
+        cluster.check_local_room(each)
     storage.check_access(folder.url, write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     with Lease(folder) as lease:
@@ -67,12 +65,6 @@ def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
         folder.write("result.json", summary)
         storage.remove(folder.path("ray"))  # of Ray Tune, which keeps pickles: nothing here reads them
     return {**summary, "outcome": "searched", "seconds": time.time() - started}
-
-
-def _check_room(configs: list[TrainConfig], search: SearchConfig) -> None:
-    """Raises BadRequest where so many trials at once do not fit on a Ray of our own, whose size is known now."""
-    for config in configs:
-        cluster.check_local_room(config)
 
 
 def _begin(folder: RunFolder, base: dict[str, Any], search: SearchConfig) -> None:

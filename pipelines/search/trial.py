@@ -44,8 +44,9 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
     trial = read_trial(folder, number) or Trial.new(search.name, number, values)
     pointer, since = _pointer(), -1
     if pointer is not None and pointer["number"] != trial.number:
-        trial = trial.forked(values, pointer["checkpoint"])  # population-based training chose it
-        trial.save(folder)
+        if (trial.values, trial.continue_from) != (values, pointer["checkpoint"]):  # else it died right after that
+            trial = trial.forked(values, pointer["checkpoint"])  # population-based training chose it
+            trial.save(folder)
     elif pointer is not None:
         since = pointer["step"]
     # What an earlier driver was told, this one is told too. A population goes on from where each one stands.

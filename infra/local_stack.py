@@ -264,7 +264,7 @@ def _own_folder(folder: str | os.PathLike[str] | None) -> Path:
     try:
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
         names = {entry.name for entry in path.iterdir()}
-        if names and not names & set(_OWN):
+        if names and not names & {"stack.lock", "stack.json"}:
             raise BadRequest(f"{path} holds other files; name a folder of its own: --folder {path}/local-stack")
         path.chmod(0o700)
     except OSError as error:

@@ -51,6 +51,15 @@ def run_root() -> Path:
 
 def open_filesystem(url: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSystem, str]:
     """The fsspec filesystem of `url`, and the path within it. Nothing is contacted yet."""
+    keys = {
+        "key": os.environ.get("AWS_ACCESS_KEY_ID"),
+        "secret": os.environ.get("AWS_SECRET_ACCESS_KEY"),
+        "token": os.environ.get("AWS_SESSION_TOKEN"),
+    }
+    return _open(url, keys)
+
+
+def _open(url: str | os.PathLike[str], keys: dict[str, str | None]) -> tuple[fsspec.AbstractFileSystem, str]:
     text = str(url)
     if not is_remote(text):
         return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
@@ -60,9 +69,7 @@ def open_filesystem(url: str | os.PathLike[str]) -> tuple[fsspec.AbstractFileSys
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
     filesystem = s3fs.S3FileSystem(
         endpoint_url=endpoint,
-        key=os.environ.get("AWS_ACCESS_KEY_ID"),
-        secret=os.environ.get("AWS_SECRET_ACCESS_KEY"),
-        token=os.environ.get("AWS_SESSION_TOKEN"),
+        **keys,
         client_kwargs={"region_name": region} if region else {},
         config_kwargs={
             # Some servers answer a range with the checksum of the whole object; what is read here is checked against
@@ -243,10 +250,13 @@ def _check_local(url: str, write: bool) -> None:
 
 
 def ray_filesystem(url: str) -> tuple[Any, str]:
-    """(pyarrow filesystem, path within it) for Ray Train's `RunConfig(storage_filesystem=…, storage_path=…)`."""
+    """(pyarrow filesystem, path within it) for Ray Train's `RunConfig(storage_filesystem=…, storage_path=…)`.
+
+    Ray pickles it, also into files: it holds no keys, which every node finds in its own environment.
+    """
     from pyarrow import fs
 
-    filesystem, path = open_filesystem(url)
+    filesystem, path = _open(url, {})
     if not is_remote(url):
         return fs.LocalFileSystem(), path
     return fs.PyFileSystem(fs.FSSpecHandler(filesystem)), path

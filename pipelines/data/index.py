@@ -274,11 +274,12 @@ def load_index(
     build: bool = True,
     progress: bool = True,
     digest: str | None = None,
+    present: bool = True,
 ) -> DatasetIndex:
     """The index of the dataset at `url`, a folder of tars or a glob of them, local or s3://; built where there is none.
 
     Damaged shards are told of each time, unless without `progress`: what they have lost nobody can count. With `digest`
-    the index that had this digest, whatever has arrived since.
+    the index that had this digest, whatever has arrived since; its shards have to be there, unless not `present`.
 
     Raises BadRequest where nothing matches, access fails, the shards hold no samples, the shards are no longer those
     of the index, or the dataset is too large to be indexed by one process.
@@ -286,7 +287,7 @@ def load_index(
     location = Location.parse(url)
     sizes = location.shards()
     if digest is not None:
-        return _load_pinned(location, index_root, digest, sizes)
+        return _load_pinned(location, index_root, digest, sizes, present)
     for root in _roots(location, index_root):
         raw = _read_index(location, root)
         if raw is None:
@@ -312,19 +313,26 @@ def load_index(
     return build_index(url, partial(scan_here, progress=progress), index_root)
 
 
-def _load_pinned(location: Location, index_root: str | None, digest: str, sizes: dict[str, int]) -> DatasetIndex:
+def _load_pinned(
+    location: Location, index_root: str | None, digest: str, sizes: dict[str, int], present: bool
+) -> DatasetIndex:
     for root in _roots(location, index_root):
-        raw = _read_index(location, root, digest)
+        raw = _read_index(location, root, digest) or _read_index(location, root)
         if raw is None or raw["digest"] != digest:
             continue
         known = {shard["name"]: shard["bytes"] for shard in raw["shards"]}
+        if not present:
+            return _to_index(location, root, raw)
         if changed := [name for name, size in known.items() if sizes.get(name) != size]:
             raise BadRequest(
                 f"data: {len(changed)} shards of index {digest[:12]} of {location.folder} are gone or changed, first "
                 f"{changed[0]}: put them back, or begin a run of another name"
             )
         return _to_index(location, root, raw)
-    raise BadRequest(f"data: {location.folder} has no index {digest[:12]} any more: leave out what names it")
+    raise BadRequest(
+        f"data: {location.folder} has no index {digest[:12]} any more: leave out data.index and data.old_index (which "
+        "--new-share sets)"
+    )
 
 
 def with_share_of_new(index: DatasetIndex, old: DatasetIndex, share: float) -> DatasetIndex:

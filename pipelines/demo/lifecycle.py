@@ -142,7 +142,9 @@ def run(out: Path, seed: int, keep: bool) -> dict[str, Any]:
         search = live(story)
     finally:
         if keep:
-            print(f"\nthe stack is up: source {folder}/stack.env; stop it with infra/local_stack.py down", flush=True)
+            print(
+                f"\nthe stack is up: source {folder}/stack.env; infra/local_stack.py down --folder {folder}", flush=True
+            )
         else:
             stack.down(purge=True)
     summary = {

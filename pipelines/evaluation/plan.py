@@ -16,7 +16,7 @@ from infra.errors import BadRequest
 from infra.registry import resolve_model
 from pipelines.evaluation.figures import Reader
 from pipelines.evaluation.measure import Extractors
-from pipelines.evaluation.references import Reference, data_of, find_reference
+from pipelines.evaluation.references import Reference, data_of, find_reference, pinned_index
 from pipelines.evaluation.sources import Drawn, Files, Reconstructed, Shards, Source
 from pipelines.evaluation.subject import Subject
 
@@ -35,6 +35,7 @@ class Request:
     precision: str = "fp32"
     data: str | None = None
     training_data: str | None = None
+    training_index: tuple[str, str] | None = None  # digest and folder, see `pinned_index`
     caption: str | None = None
     data_count: int = 10_000
     features: str | None = None
@@ -118,7 +119,8 @@ def references_of(request: Request, subject: Subject, extractors: Extractors) ->
     size = subject.image_size or extractors.features.size
     found = {"held_out": find_reference(data, size, caption, request.data_count, extractors)}
     if training is not None:
-        found["training"] = find_reference(training, size, caption, 2 * request.data_count, extractors)
+        pinned = request.training_index or pinned_index(subject, training) or (None, None)
+        found["training"] = find_reference(training, size, caption, 2 * request.data_count, extractors, *pinned)
     return found
 
 

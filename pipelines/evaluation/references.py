@@ -15,6 +15,7 @@ from pipelines.data.spec import SampleSpec
 from pipelines.evaluation.measure import Extractors
 from pipelines.evaluation.sources import Shards
 from pipelines.evaluation.subject import Subject
+from pipelines.training.run_folder import RunFolder
 
 _VERSION = 1  # of what a store holds
 
@@ -32,8 +33,16 @@ class Reference:
         return {"url": self.shards.index.url, "index_digest": self.shards.index.digest, "digest": self.digest}
 
 
-def find_reference(url: str, image_size: int, caption: str | None, count: int, extractors: Extractors) -> Reference:
-    """`count` samples, spread evenly over a dataset.
+def find_reference(
+    url: str,
+    image_size: int,
+    caption: str | None,
+    count: int,
+    extractors: Extractors,
+    digest: str | None = None,
+    index_root: str | None = None,
+) -> Reference:
+    """`count` samples, spread evenly over a dataset, as it was when its index had the digest, where one is given.
 
     The folder's name is a digest of the data, the extractors, the size and the number, so what is kept there is never
     that of others.
@@ -42,7 +51,8 @@ def find_reference(url: str, image_size: int, caption: str | None, count: int, e
         BadRequest: there is no such dataset.
     """
     root = run_root() / "evaluation"
-    shards = Shards.spread(load_index(url, str(root / "index")), SampleSpec(image_size, caption=caption), count)
+    index = load_index(url, index_root or str(root / "index"), digest=digest)
+    shards = Shards.spread(index, SampleSpec(image_size, caption=caption), count)
     clip = None if extractors.clip is None else extractors.clip.digest
     data = [shards.index.digest, shards.count, image_size, caption]
     key = hashlib.sha256(json.dumps([_VERSION, data, extractors.features.digest, clip]).encode()).hexdigest()
@@ -65,3 +75,12 @@ def data_of(subject: Subject, data: str | None, training_data: str | None) -> tu
             f"{subject.name}: which real pictures to compare with is not known; name shards with --data URL"
         )
     return data, training_data
+
+
+def pinned_index(subject: Subject, url: str) -> tuple[str, str] | None:
+    """Digest of the index that the subject was trained by, and the folder that may hold it; None where `url` is not
+    what it was trained on, or it took all shards."""
+    config = subject.config
+    if config is None or config.data.index is None or url != config.data.url:
+        return None
+    return config.data.index, RunFolder.of(config).path("index")

@@ -16,7 +16,7 @@ from pipelines.data.index import DatasetIndex, load_index, refresh_index
 from pipelines.evaluation.command import add_measuring_arguments, request_of
 from pipelines.promotion.command import read_gates, show
 from pipelines.training.config import TrainConfig, load_config
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, share_index
 
 if TYPE_CHECKING:
     from pipelines.evaluation.plan import Request
@@ -119,8 +119,11 @@ def _configure(
     own["run.continue_from"] = None  # of a preset that a search wrote
     fixed = [f"{key}={json.dumps(value)}" for key, value in own.items()]
     theirs = tuple(assignment.partition("=")[0] + "=" for assignment in fixed)
-    if told := [text for text in arguments.overrides if text.startswith((*theirs, "run.init_from="))]:
-        raise BadRequest(f"retraining sets run.name, run.init_from and tracking itself: leave out {', '.join(told)}")
+    theirs += ("run.init_from=", "data.index=", "data.old_index=", "data.new_share=")
+    if told := [text for text in arguments.overrides if text.startswith(theirs)]:
+        raise BadRequest(
+            f"retraining sets run.name, run.init_from, data.index and tracking itself: leave out {', '.join(told)}"
+        )
     config = load_config(arguments.preset, [*arguments.overrides, *fixed])
     if arguments.samples is not None:
         if arguments.samples < config.data.global_batch_size:
@@ -132,12 +135,14 @@ def _configure(
     begun = folder.read("config.json")
     settled: dict[str, Any]
     if begun is None:
+        tags = {} if champion is None else find_version(f"models:/{name}/{champion}", uri).tags
+        if "run_folder" in tags:  # the index is there where the shards cannot be written to
+            share_index(RunFolder(tags["run_folder"]), folder)
         index = refresh_index(config.data.url, folder.path("index"))
         start = None if champion is None or arguments.start == "scratch" else f"models:/{name}/{champion}"
         settled = {"run.init_from": start, "data.index": index.digest, "data.old_index": None, "data.new_share": None}
         if arguments.new_share is not None and champion is not None:
-            known = find_version(f"models:/{name}/{champion}", uri).tags.get("index_digest")
-            settled |= {"data.old_index": known, "data.new_share": arguments.new_share}
+            settled |= {"data.old_index": tags.get("index_digest"), "data.new_share": arguments.new_share}
     else:
         index = load_index(config.data.url, folder.path("index"), progress=False, digest=begun["data"].get("index"))
         settled = {"run.init_from": begun["run"]["init_from"]}

@@ -10,7 +10,7 @@ from infra.errors import BadRequest
 from infra.promotion import challenge, champion_of, champions, conclude, history, mend, verify_version, withdraw
 from infra.registry_lease import RegistryLease
 from pipelines.evaluation.plan import Request
-from pipelines.evaluation.references import data_of
+from pipelines.evaluation.references import data_of, pinned_index
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.subject import find_subject
 from pipelines.promotion.gates import Evaluated, Gates, judge, reason_of
@@ -94,5 +94,6 @@ def _of_candidate(request: Request) -> tuple[Request, bool]:
     features = request.features
     if features is None and subject.config is not None and subject.config.data.demo == "digits":
         features = "digits"
+    pinned = None if training_data is None else pinned_index(subject, training_data)
     told = replace(request, data=data, training_data=training_data, caption=caption, features=features)
-    return told, subject.conditional
+    return replace(told, training_index=pinned), subject.conditional

@@ -145,6 +145,8 @@ class SearchConfig(Section):
                 wrong.append(f"space.{key} is set by the search, or would make trials incomparable: leave it out")
         if self.method == "pbt" and self.trials < 2:
             wrong.append("method=pbt needs 2 trials at least: one goes on from another")
+        elif self.method == "pbt" and self.at_once < self.trials:
+            wrong.append(f"method=pbt trains its population side by side: set at_once={self.trials}")
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
@@ -203,7 +205,11 @@ def trial_config(
     tree = trial_tree(base, search, values)
     run_section, drawn = tree.setdefault("run", {}), search.metric in MEASURED
     run_section |= {"name": run, "checkpoint_every": search.interval, "preview_every": 0, "preview_samples": 0}
-    run_section |= {"continue_from": continue_from, "keep_checkpoints": 3}  # another trial may go on from one
+    # Another trial may go on from any of them, also after the search was cut off.
+    kept = search.steps // search.interval if search.method == "pbt" else 2
+    run_section |= {"continue_from": continue_from, "keep_checkpoints": kept}
+    if continue_from is not None:
+        run_section["init_from"] = None  # the other trial began with it
     if not drawn:
         run_section["validate_every"] = search.interval
     tree["evaluation"] = {**tree.get("evaluation", {}), "every": search.interval if drawn else 0}

@@ -22,6 +22,7 @@ from pipelines.training.config import TrainConfig, logged
 from pipelines.training.inputs import prepare_inputs
 from pipelines.training.launch import git_commit, prepare_data
 from pipelines.training.lease import Lease
+from pipelines.training.presets import override
 from pipelines.training.run_folder import RunFolder
 
 # What trials need of the driver's environment, where they run on another node or in a Ray that was there before.
@@ -41,16 +42,23 @@ def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
     configs = [trial_config(base, search, f"{search.name}-{n:04d}", values) for n, values in enumerate(drawn)]
     config = trial_config(base, search, search.name, drawn[0] if drawn else {})
     folder = RunFolder.of(config)
+    if folder.read("config.json") is not None:
+        raise BadRequest(f"{folder.url} is a run's: take another search.name")
     for each in (config, *configs):
         cluster.check_local_room(each)
     storage.check_access(folder.url, write=True)
     uri = tracking.check_tracking(config.tracking.uri)
     with Lease(folder) as lease:
-        _begin(folder, base, search)
+        known_index = _begin(folder, base, search)
         if (known := folder.read("result.json")) is not None:
             print(f"search {search.name!r} is finished: nothing to do", flush=True)
             return {**known, "outcome": "already finished"}
+        if known_index is not None:  # all trials read the same shards, whatever has arrived since
+            base = override(base, [f"data.index={known_index}"])
+            config = trial_config(base, search, search.name, drawn[0] if drawn else {})
         data, _ = prepare_data(config, folder)
+        base = override(base, [f"data.index={data.train.digest}"])
+        folder.write("search.json", {**(folder.read("search.json") or {}), "index": data.train.digest})
         prepare_inputs(config, folder, data.train)  # what is trained first is trained once, for all trials
         run_id = _open_run(config, search, folder, uri)
         try:
@@ -67,8 +75,9 @@ def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
     return {**summary, "outcome": "searched", "seconds": time.time() - started}
 
 
-def _begin(folder: RunFolder, base: dict[str, Any], search: SearchConfig) -> None:
-    """Write down what is searched, or check that it is still the same. Raises BadRequest."""
+def _begin(folder: RunFolder, base: dict[str, Any], search: SearchConfig) -> str | None:
+    """Write down what is searched, or check that it is still the same; returns the digest of the shards of an earlier
+    launch. Raises BadRequest."""
     request = {"base": base, "search": search.model_dump(mode="json")}
     known = folder.read("search.json")
     if known is not None and not same(_lasting(known), _lasting(request)):
@@ -76,7 +85,9 @@ def _begin(folder: RunFolder, base: dict[str, Any], search: SearchConfig) -> Non
             f"search {search.name!r} began with another preset or space: undo that to resume, or start anew with "
             "search.name=ANOTHER_NAME"
         )
-    folder.write("search.json", request)
+    index = None if known is None else known.get("index")
+    folder.write("search.json", {**request, "index": index})
+    return index
 
 
 def _lasting(request: dict[str, Any]) -> dict[str, Any]:
@@ -107,8 +118,10 @@ def _run_trials(
     """Let Ray Tune run the trials. Raises KeyboardInterrupt where it was stopped by hand."""
     cluster.join(search.at_once * cluster.local_cpus(config))
     cluster.check_shared(folder.url, "the search's folder")
+    tracking.check_tracking(config.tracking.uri, cluster.node_count())
     room = cluster.resources()
     cluster.check_room(config, room | {"CPU": room["CPU"] / search.at_once, "GPU": room["GPU"] / search.at_once})
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # it would end the search as if it were through
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")  # MLflow has what these would write
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints frames of its own, also when told not to
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
@@ -189,7 +202,8 @@ def _told(trial: Trial, search: SearchConfig) -> dict[str, Any]:
 def _best_preset(base: dict[str, Any], search: SearchConfig, best: Trial) -> str:
     """The best trial's configuration as a preset, which goes on from its checkpoint."""
     tree = trial_tree(base, search, best.values)
-    tree["run"] = {**tree["run"], "name": f"{search.name}-best", "continue_from": best.reports[-1]["checkpoint"]}
+    goes_on = {"init_from": None, "continue_from": best.reports[-1]["checkpoint"]}
+    tree["run"] = {**tree["run"], "name": f"{search.name}-best", **goes_on}
     told = ", ".join(f"{key}={value}" for key, value in best.values.items())
     head = (
         f"# Trial {best.number} of the search {search.name}: {told}\n"

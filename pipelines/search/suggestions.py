@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ray import tune
@@ -37,6 +38,7 @@ class Suggestions(Searcher):
         super().__init__(metric=search.metric, mode="min" if search.better == "lower" else "max")
         self.search, self.drawn, self.known, self.folder = search, drawn, known, folder
         self.count = 0
+        self.resumed: dict[str, Trial] = {}
         self.optuna = _optuna(search, known) if search.method == "optuna" else None
 
     def suggest(self, trial_id: str) -> dict[str, Any] | None:
@@ -45,7 +47,7 @@ class Suggestions(Searcher):
             return None
         number = self.count
         if number < len(self.known):
-            trial = self.known[number]
+            trial = self.resumed[trial_id] = _tried_again(self.known[number], self.folder)
         else:
             values = self.drawn[number] if self.optuna is None else self.optuna.suggest(trial_id)
             if values is None:
@@ -56,8 +58,12 @@ class Suggestions(Searcher):
         return {NUMBER: number, **trial.values}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        if self.optuna is not None and trial_id in self.optuna._ot_trials:  # not of an earlier launch
+        if self.optuna is None:
+            return
+        if trial_id not in self.resumed:
             self.optuna.on_trial_complete(trial_id, result, error)
+        elif not self.resumed[trial_id].complete and result is not None and not error:
+            self.optuna.add_evaluated_point(self.resumed[trial_id].values, result[self.search.metric])
 
     def set_search_properties(self, *_: Any, **__: Any) -> bool:
         return True
@@ -67,6 +73,14 @@ class Suggestions(Searcher):
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing: as `save`."""
+
+
+def _tried_again(trial: Trial, folder: RunFolder) -> Trial:
+    """A trial of an earlier launch: what made it fail may be mended by now."""
+    if trial.failed is not None:
+        trial = replace(trial, failed=None)
+        trial.save(folder)
+    return trial
 
 
 def domains(search: SearchConfig) -> dict[str, Any]:
@@ -114,7 +128,8 @@ def scheduler(search: SearchConfig) -> TrialScheduler:
             return {key: search.space[key].nearest(value) if key in search.space else value
                     for key, value in values.items()}  # fmt: skip
 
-        return PopulationBasedTraining(
+        return _Population(
+            last_step=search.steps,
             time_attr="step",
             perturbation_interval=search.interval,
             # Of values in a list it takes a neighbour, or any; others it multiplies.
@@ -129,9 +144,25 @@ def scheduler(search: SearchConfig) -> TrialScheduler:
     return FIFOScheduler()
 
 
+class _Population(PopulationBasedTraining):
+    """Population-based training in which nobody's weights replace those of a trial that is through."""
+
+    def __init__(self, last_step: int, **how: Any) -> None:
+        super().__init__(**how)
+        self.last_step = last_step
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        if result.get("step", 0) >= self.last_step:
+            return str(TrialScheduler.STOP)
+        return str(super().on_trial_result(tune_controller, trial, result))
+
+
 def population(search: SearchConfig, drawn: list[dict[str, Any]], known: list[Trial], folder: RunFolder) -> Any:
     """The trials of population-based training, each with the values that it has now; all are put on record."""
-    trials = [*known, *(Trial.new(search.name, n, drawn[n]) for n in range(len(known), search.trials))]
+    trials = [
+        *(_tried_again(each, folder) for each in known),
+        *(Trial.new(search.name, n, drawn[n]) for n in range(len(known), search.trials)),
+    ]
     for trial in trials[len(known) :]:
         trial.save(folder)
     return BasicVariantGenerator(points_to_evaluate=[trial.values for trial in trials])

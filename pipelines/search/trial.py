@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import urllib.error
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from infra import storage
 from infra.errors import BadRequest, RunFailed
 from pipelines.search.config import SearchConfig, trial_config
 from pipelines.search.record import Trial, read_trial
-from pipelines.training.run_folder import RunFolder
+from pipelines.training.run_folder import RunFolder, share_index
 
 _POINTER = "pointer.json"
 NUMBER = "number"  # of the trial, beside the values that Ray Tune hands over
@@ -50,15 +51,17 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
     elif pointer is not None:
         since = pointer["step"]
     # What an earlier driver was told, this one is told too. A population goes on from where each one stands.
-    known = trial.reports[-1:] if search.method == "pbt" and trial.complete else trial.reports
-    for entry in known if search.method != "pbt" or trial.complete else []:
+    known = trial.reports if search.method != "pbt" else trial.reports[-1:] if trial.complete else []
+    for entry in known:
         if entry["step"] > since:
             _tell(trial, entry, search)
-    if trial.complete or trial.failed is not None:
-        return _tell_failed(trial, search) if trial.failed is not None else None
+    if trial.complete:
+        return
 
     def on_measured(entry: dict[str, Any]) -> None:
         nonlocal trial
+        if trial.reports and trial.reports[-1]["run"] == trial.run and entry["step"] <= trial.step:
+            return  # told before the trial was started again
         trial = trial.reported(entry)
         trial.save(folder)
         if entry["step"] < search.steps:  # the last one, once the run is paused as it should be
@@ -66,19 +69,28 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
 
     try:
         config = trial_config(job["base"], search, trial.run, trial.values, trial.continue_from)
-        _share_index(folder, RunFolder.of(config))
-        paused = train(config, lines=True, parent_run=job["parent_run"], part=Part(search.steps, on_measured))
-    except (BadRequest, RunFailed) as error:  # it would fail again
+        share_index(folder, RunFolder.of(config))
+        train(config, lines=True, parent_run=job["parent_run"], part=Part(search.steps, on_measured))
+        _check_measured(trial, search)
+    except (BadRequest, RunFailed) as error:
+        if isinstance(error.__cause__, (*storage.ERRORS, urllib.error.URLError)):
+            raise  # a server does not answer: Ray Tune starts the trial again
         trial = replace(trial, failed=" ".join(str(error).split())[:1000])
         trial.save(folder)
-        return _tell_failed(trial, search)
-    if trial.step < paused["steps"]:  # killed between its last checkpoint and the record of its figures
-        trial = trial.reported(
-            {"step": paused["steps"], "figures": paused["measured"], "checkpoint": paused["checkpoint"]}
-        )
+        # The worst of all values, so that what chooses the next trials learns from it.
+        worst = float("inf") if search.better == "lower" else float("-inf")
+        tune.report({search.metric: worst, "step": search.steps})
+        return
     trial = replace(trial, complete=True)
     trial.save(folder)
     _tell(trial, trial.reports[-1], search)
+
+
+def _check_measured(trial: Trial, search: SearchConfig) -> None:
+    """Raises RunFailed where the last figures lack the one that decides."""
+    figures = trial.reports[-1]["figures"] if trial.reports else {}
+    if search.metric not in figures:
+        raise RunFailed(f"{search.metric} was not finite, or is not measured: there are {', '.join(sorted(figures))}")
 
 
 def _tell(trial: Trial, entry: dict[str, Any], search: SearchConfig) -> None:
@@ -86,19 +98,10 @@ def _tell(trial: Trial, entry: dict[str, Any], search: SearchConfig) -> None:
     from ray import tune
 
     pointer = {"number": trial.number, "step": entry["step"], "checkpoint": entry["checkpoint"]}
-    if search.metric not in entry["figures"]:
-        raise BadRequest(f"search.metric={search.metric} is not measured, only {', '.join(sorted(entry['figures']))}")
+    _check_measured(trial, search)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / _POINTER).write_text(json.dumps(pointer))
         tune.report({**entry["figures"], "step": entry["step"]}, checkpoint=tune.Checkpoint.from_directory(temporary))
-
-
-def _tell_failed(trial: Trial, search: SearchConfig) -> None:
-    """The worst of all values, so that what chooses the next trials learns from it."""
-    from ray import tune
-
-    worst = float("inf") if search.better == "lower" else float("-inf")
-    tune.report({search.metric: worst, "step": search.steps})
 
 
 def _pointer() -> dict[str, Any] | None:
@@ -110,12 +113,3 @@ def _pointer() -> dict[str, Any] | None:
         return None
     with checkpoint.as_directory() as folder:
         return dict(json.loads((Path(folder) / _POINTER).read_text()))
-
-
-def _share_index(search: RunFolder, run: RunFolder) -> None:
-    """Indexes of shards that cannot be written to are made once, by the search."""
-    source, target = search.path("index"), run.path("index")
-    if storage.exists(source) and not storage.exists(target):
-        with tempfile.TemporaryDirectory() as temporary:
-            storage.download_folder(source, temporary)
-            storage.upload_folder(temporary, target)

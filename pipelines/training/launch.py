@@ -83,6 +83,9 @@ def train(
         newest = checkpoints.newest_verified(folder.checkpoints) or _continued(config, folder)
         if result := _finished(config, folder, data, newest):
             return result
+        if part is not None and newest is not None and newest.manifest.get("measured"):  # perhaps not told yet
+            figures = newest.manifest["measured"]
+            part.on_measured({"step": newest.step, "figures": figures, "checkpoint": newest.url})
         complete = newest is not None and _is_complete(newest, config)
         ready = newest is not None and (complete or (part is not None and newest.step >= part.until))
         prepare_inputs(config, folder, data.train)
@@ -152,7 +155,10 @@ def _finished(
 
 
 def _is_complete(newest: Checkpoint, config: TrainConfig) -> bool:
-    if (why := newest.manifest.get("stopped_early")) is not None:  # and neither limit was lifted since
+    why = newest.manifest.get("stopped_early")
+    if isinstance(why, int):  # of an earlier version
+        why = {"patience": why}
+    if why is not None:  # and neither limit was lifted since
         limits = {"patience": config.best.patience, "max_hours": config.run.max_hours}
         return newest.finished and all(limits[limit] == value for limit, value in why.items())
     return newest.finished and newest.step >= config.run.steps
@@ -364,7 +370,10 @@ def _fit_in_thread(trainer: Any, lease: Lease, board: Any, part: Part | None) ->
     def tell(told: int) -> int:
         import ray
 
-        entries = [] if part is None else ray.get(board.measurements.remote(told))
+        try:
+            entries = [] if part is None else ray.get(board.measurements.remote(told))
+        except ray.exceptions.RayError:  # the actor is being restarted
+            return told
         for entry in entries:
             part.on_measured(entry)  # type: ignore[union-attr]
         return told + len(entries)

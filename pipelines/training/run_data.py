@@ -43,7 +43,7 @@ class RunData:
         assert url is not None
         train = load_index(url, index_root, **how, digest=config.data.index)
         if config.data.new_share is not None:
-            old = load_index(url, index_root, **how, digest=config.data.old_index)
+            old = load_index(url, index_root, **how, digest=config.data.old_index, present=False)
             train = with_share_of_new(train, old, config.data.new_share)
         return RunData(train, *(None if url is None else load_index(url, index_root, **how) for url in others))
 

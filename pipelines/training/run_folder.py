@@ -17,6 +17,7 @@ RUN_ROOT/NAME/config.json     the resolved configuration, as of the last launch
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,3 +115,12 @@ def _complete(earlier: dict[str, Any]) -> dict[str, Any]:
         return dict(json.loads(TrainConfig.model_validate(earlier).model_dump_json()))
     except ValidationError:
         return earlier
+
+
+def share_index(source: RunFolder, target: RunFolder) -> None:
+    """Indexes of shards that cannot be written to are kept in run folders: what one run has made, another one takes."""
+    kept = source.path("index")
+    if storage.exists(kept) and not storage.exists(target.path("index")):
+        with tempfile.TemporaryDirectory() as temporary:
+            storage.download_folder(kept, temporary)
+            storage.upload_folder(temporary, target.path("index"))

@@ -147,6 +147,8 @@ def _train(job: dict[str, Any], rank: int, world_size: int, local_world_size: in
             if audit is not None:
                 audit.record(batch)
 
+        if job["until"] is not None and start >= job["until"]:
+            return  # paused there already, before the others were told
         if start >= config.run.steps:  # shortened to where it is: only the end is left to do
             hooks.after_step(trainer, start)
             return

@@ -53,6 +53,7 @@ def test_a_space_that_is_too_small(tmp_path: Path) -> None:
         ({"metric": "loss"}, "metric=loss: take a held-out figure"),
         ({"method": "grid"}, "method"),
         ({"trials": 1, "method": "pbt"}, "method=pbt needs 2 trials"),
+        ({"method": "pbt", "at_once": 2}, "method=pbt trains its population side by side: set at_once=8"),
         ({"space": {"run.steps": INTEGER}}, "space.run.steps is set by the search"),
         ({"space": {"evaluation.count": INTEGER}}, "space.evaluation.count is set by the search"),
         ({"space": {"run.seed": {"kind": "integer", "low": 3, "high": 3}}}, "low 3 is not below high 3"),
@@ -76,7 +77,7 @@ def test_bad_searches(tmp_path: Path, changed: dict[str, Any], match: str) -> No
         ([], {"space": {"optimizer.learning": RATE["optimizer.learning_rate"]}}, "unknown key optimizer.learning"),
         ([], {"space": {"ema.decay": {"kind": "uniform", "low": 0.5, "high": 2}}}, "a trial with ema.decay=2.0: ema"),
         (
-            ["search.method=pbt"],
+            ["search.method=pbt", "search.at_once=8"],
             {"space": {"objective.denoiser.head_dim": {"kind": "choice", "values": [32, 64]},
                        "objective.denoiser.layers_per_block": {"kind": "choice", "values": [1, 2]}}},
             "with pbt a trial goes on from another one's weights, and 2 has others",

@@ -96,7 +96,7 @@ def _kill_in_the_middle(arguments: list[str], run_root: Path, folder: Path) -> N
     process = subprocess.Popen(command, env=small_run.environment(run_root), cwd=folder, start_new_session=True)
     try:
         checkpoints = RunFolder(str(run_root / "again-one")).checkpoints
-        small_run.wait_until(lambda: bool(list_checkpoints(checkpoints)), 120, "a checkpoint of the retraining")
+        small_run.wait_until(lambda: bool(list_checkpoints(checkpoints)), 300, "a checkpoint of the retraining")
     finally:
         small_run.kill_tree(process)
 

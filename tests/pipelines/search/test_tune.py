@@ -117,7 +117,7 @@ def test_a_population_whose_driver_is_killed_goes_on(
     environment = small_run.environment(run_root)
     process = subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True)
     try:
-        wait_until(lambda: any(trial.reports for trial in read_trials(folder)), 120, "figures of a trial")
+        wait_until(lambda: any(trial.reports for trial in read_trials(folder)), 300, "figures of a trial")
     finally:
         kill_tree(process)
     before = {trial.number: trial for trial in read_trials(folder)}

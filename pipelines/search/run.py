@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -26,7 +27,7 @@ from pipelines.training.presets import override
 from pipelines.training.run_folder import RunFolder
 
 # What trials need of the driver's environment, where they run on another node or in a Ray that was there before.
-_ENVIRONMENT = ("RUN_ROOT", "MLFLOW_TRACKING_URI")
+_ENVIRONMENT = ("RUN_ROOT",)
 
 
 def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
@@ -62,7 +63,9 @@ def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
         prepare_inputs(config, folder, data.train)  # what is trained first is trained once, for all trials
         run_id = _open_run(config, search, folder, uri)
         try:
-            _run_trials(base, search, config, folder, drawn, run_id)
+            # By name: what a trial's process finds in its environment may be another server.
+            of_trials = override(base, [f"tracking.uri={json.dumps(uri)}"])
+            _run_trials(of_trials, search, config, folder, drawn, run_id)
             lease.check()
             summary = _conclude(base, search, config, folder, uri, run_id)
         except BaseException:

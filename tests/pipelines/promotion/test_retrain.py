@@ -82,12 +82,19 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
         "nothing new since version 2, which was refused: better than the champion: frechet"
     )
 
-    scratch = run("--period", "four", "--again", "--from", "scratch", improve_by="{frechet_distance: 1.0e+9}")
-    assert scratch["version"] == "3" and RunFolder(scratch["run_folder"]).config().run.init_from is None
     # Judged by other gates; the run of the period is finished, and so is not trained once more.
-    judged = run("--period", "two", "--again", certain="false", improve="[precision]", improve_by="{precision: 1}")
+    judged = run(
+        "--period",
+        "two",
+        "--again",
+        "--from",
+        "scratch",
+        certain="false",
+        improve="[precision]",
+        improve_by="{precision: 1}",
+    )
     assert (judged["version"], judged["event"]) == ("2", "refused") and "precision" in judged["reason"]
-    assert len(client.search_model_versions("name = 'again'")) == 3
+    assert len(client.search_model_versions("name = 'again'")) == 2
 
 
 def _kill_in_the_middle(arguments: list[str], run_root: Path, folder: Path) -> None:

@@ -24,7 +24,7 @@ help:
 	@echo "make demo-gan            a GAN from sentences, set beside latent diffusion (under 10 minutes on 2 cores)"
 	@echo "make demo-gan-variants   every loss and network of GANs, image to image, few labels, AttnGAN (under 20 minutes on 2 cores)"
 	@echo "make demo-lifecycle      search, promotion, retraining, poisoned data, rollback, on a cluster in a box (25 minutes on 2 cores)"
-	@echo "make test       lint, types and all tests (about 31 minutes on 2 cores)"
+	@echo "make test       lint, types and all tests (about 33 minutes on 2 cores)"
 	@echo "make test-fast  what runs without Ray and without training (under 3 minutes)"
 	@echo "make bench      what the machinery costs, side by side with the bare thing (under 20 minutes on 2 cores)"
 	@echo "make lint       ruff and mypy"

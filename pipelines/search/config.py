@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -10,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from genmodels.config import Section
 from infra.errors import BadRequest
-from pipelines.training.config import TrainConfig, abstract_networks, load_config
+from pipelines.training.config import TrainConfig, abstract_networks, folder_name, load_config
 from pipelines.training.evaluation import MEASURED
 from pipelines.training.explain import explain
 from pipelines.training.presets import PRESETS, override, read_preset, read_yaml
@@ -126,12 +125,7 @@ class SearchConfig(Section):
     max_failures: int = Field(3, ge=0, description="restarts of a trial whose process or node died")
     space: dict[str, Domain] = Field(min_length=1, description="keys of the preset, and the values that they may take")
 
-    @field_validator("name")
-    @classmethod
-    def _is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
-        return name
+    _names_a_folder = field_validator("name")(folder_name)
 
     @model_validator(mode="after")
     def _fits(self) -> SearchConfig:

@@ -40,6 +40,13 @@ def absolute_url(url: str | None) -> str | None:
     return str(Path(url.removeprefix("file://")).expanduser().absolute())
 
 
+def folder_name(name: str) -> str:
+    """A name that is one folder's. Raises ValueError for any other."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
+    return name
+
+
 class RunConfig(Section):
     """What the run is called, how long it is, and how often it does what."""
 
@@ -66,12 +73,7 @@ class RunConfig(Section):
         None, description="start from these weights: an export folder, a run's folder, or models:/NAME@ALIAS"
     )
 
-    @field_validator("name")
-    @classmethod
-    def _is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
-        return name
+    _names_a_folder = field_validator("name")(folder_name)
 
     continue_from: str | None = Field(
         None,

@@ -14,7 +14,7 @@ from genmodels.unclip.layout import check_augmentation, check_truncation
 from infra import storage
 from infra.errors import BadRequest
 from pipelines.data.decode import IMAGE_SUFFIXES
-from pipelines.training.config import TrainConfig, absolute_url, changes, load_config
+from pipelines.training.config import TrainConfig, absolute_url, changes, folder_name, load_config
 from pipelines.training.embeddings import clip_reference, embedding_member
 from pipelines.training.explain import explain
 from pipelines.training.presets import override, read_preset, with_run_root
@@ -90,12 +90,7 @@ class UnclipConfig(Section):
     experiment: str = Field("genmodels", description="MLflow experiment")
     register_as: str | None = Field(None, description="registered model name of the joined model; null: not registered")
 
-    @field_validator("name")
-    @classmethod
-    def _is_one_folder(cls, name: str) -> str:
-        if not re.fullmatch(r"\w[\w.-]*", name):
-            raise ValueError(f"{name!r} names no folder: use letters, digits and . _ - after a letter or digit")
-        return name
+    _names_a_folder = field_validator("name")(folder_name)
 
     @model_validator(mode="after")
     def _names_are_different(self) -> UnclipConfig:

@@ -46,9 +46,10 @@ def begin(
             return
         different = ", ".join(key for key in request if known.get(key) != request[key])
         if not overwrite:
+            made = f", made by {known['by']}" if known.get("by") else ""
             raise BadRequest(
-                f"{folder} holds shards of another request (other {different}): name another folder, remove this one, "
-                f"or write it again by {command} --overwrite"
+                f"{folder} holds shards of another request (other {different}{made}): undo that to go on with it, name "
+                f"another folder, or write this one again by {command} --overwrite"
             )
     filesystem, local = storage.open_filesystem(folder)
     others = [name for pattern in ("*.tar", "index*.json") for name in filesystem.glob(f"{local}/{pattern}")]
@@ -85,7 +86,7 @@ def make_over_ray(
         folder: of the shards.
         title: of the bar.
         samples: in all shards together.
-        actors: how many [one for each GPU, or core].
+        actors: how many [one for each GPU of the cluster, or CPU; core of this machine].
         gpus: one GPU for each.
 
     Raises:
@@ -100,10 +101,11 @@ def make_over_ray(
 
     count = actors or (psutil.cpu_count(logical=False) or os.cpu_count() or 1)
     cluster.join(count)
-    if gpus and actors is None:
-        count = int(ray.cluster_resources().get("GPU", 0))
-        if not count:
-            raise BadRequest("--gpus: Ray has no GPU")
+    room = cluster.resources()
+    if gpus and room["GPU"] < 1:
+        raise BadRequest(f"--gpus: Ray has no GPU{cluster.GROWS}")
+    if actors is None and (gpus or os.environ.get("RAY_ADDRESS")):
+        count = max(1, int(room["GPU" if gpus else "CPU"]))
     cluster.check_shared(folder, "OUT")
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:

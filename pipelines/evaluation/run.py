@@ -140,13 +140,13 @@ def _connect(request: Request) -> tuple[int, bool]:
     cluster.join((request.actors or cores) + 1)
     import ray
 
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    actors = request.actors or gpus or min(cores, int(resources["CPU"]))
-    room = gpus or int(resources["CPU"])
-    if actors > room:
-        raise BadRequest(f"--actors {actors}: Ray has room for {room}")
-    return actors, gpus > 0
+    room, present = cluster.resources(), int(ray.cluster_resources().get("GPU", 0))
+    kind = "GPU" if room["GPU"] >= 1 else "CPU"
+    # A cluster that scales is not grown to its limit for a few pictures.
+    actors = request.actors or present or min(cores, max(1, int(room[kind])))
+    if actors > room[kind]:
+        raise BadRequest(f"--actors {actors}: Ray has room for {int(room[kind])}{cluster.GROWS}")
+    return actors, kind == "GPU"
 
 
 class _Bars:

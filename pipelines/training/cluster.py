@@ -6,11 +6,17 @@ import logging
 import math
 import os
 from pathlib import Path
-from typing import Any
 
 from infra import storage
 from infra.errors import BadRequest
 from pipelines.training.config import TrainConfig
+
+LIMITS = {"CPU": "CLUSTER_MAX_CPUS", "GPU": "CLUSTER_MAX_GPUS"}
+"""Environment variables of the head that say what a cluster may grow to: Ray 2.60 tells no job its autoscaler's
+limits."""
+
+GROWS = f" (a cluster that starts nodes on demand says in {' and '.join(LIMITS.values())} how far it may grow)"
+"""Said where a cluster has no room."""
 
 
 def connect(config: TrainConfig) -> None:
@@ -63,13 +69,20 @@ def check_local_room(config: TrainConfig) -> None:
 
 
 def resources() -> dict[str, float]:
-    """What the cluster has, or may grow to where it scales by itself."""
+    """CPUs and GPUs that the cluster has, or may grow to where it scales by itself. Raises BadRequest."""
     import ray
-    from ray._private.state import state
 
-    present: dict[str, Any] = dict(ray.cluster_resources())
-    limit = state.get_max_resources_from_cluster_config() or {}
-    return {key: max(float(present.get(key, 0)), float(limit.get(key, 0))) for key in ("CPU", "GPU")}
+    present = ray.cluster_resources()
+    return {key: max(float(present.get(key, 0)), _limit(name)) for key, name in LIMITS.items()}
+
+
+def _limit(name: str) -> float:
+    """What the cluster may grow to; 0 where it does not, or does not say."""
+    told = os.environ.get(name)
+    try:
+        return float(told or 0)
+    except ValueError:
+        raise BadRequest(f"{name}={told}: give a number, of all nodes together that the cluster may have") from None
 
 
 def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
@@ -81,12 +94,12 @@ def check_room(config: TrainConfig, resources: dict[str, float]) -> None:
     if needed > resources["CPU"]:
         raise BadRequest(
             f"workers.count={workers.count}, workers.cpus={workers.cpus:g} and a data task each need {needed:g} CPUs, "
-            f"Ray has {resources['CPU']:g}: use fewer workers, a larger cluster, or a larger workers.local_cpus"
+            f"Ray has {resources['CPU']:g}: use fewer workers, a larger cluster, or a larger workers.local_cpus" + GROWS
         )
     if workers.use_gpu and workers.count > resources["GPU"]:
         raise BadRequest(
             f"workers.count={workers.count} with workers.use_gpu needs as many GPUs, Ray has {resources['GPU']:g}; "
-            f"use fewer workers, or workers.use_gpu=false"
+            f"use fewer workers, or workers.use_gpu=false" + GROWS
         )
 
 
@@ -99,8 +112,6 @@ def check_shared(url: str, what: str) -> None:
 def node_count() -> int:
     """Nodes of the cluster; at least 2 where it scales by itself, since the next one may come at any time."""
     import ray
-    from ray._private.state import state
 
     alive = sum(1 for node in ray.nodes() if node["Alive"])
-    limit = (state.get_max_resources_from_cluster_config() or {}).get("CPU", 0)
-    return max(alive, 2 if limit > ray.cluster_resources().get("CPU", 0) else 1)
+    return max(alive, 2 if resources()["CPU"] > ray.cluster_resources().get("CPU", 0) else 1)

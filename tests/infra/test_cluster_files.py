@@ -19,6 +19,7 @@ import yaml
 
 from infra.cluster.run_rayjob import Api, period_of, rayjob_of, run
 from infra.errors import BadRequest, RunFailed
+from pipelines.training.cluster import LIMITS
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "infra" / "cluster"
@@ -69,7 +70,28 @@ def test_nodes_have_their_roles(launcher):
     assert nodes["train"]["docker"]["worker_image"].endswith("-gpu")
     assert sum(nodes[name]["max_workers"] for name in ("data", "train")) <= launcher["max_workers"]
     assert launcher["idle_timeout_minutes"] > 0
-    assert launcher["file_mounts"] == {}
+
+
+def test_no_node_is_without_the_token(launcher):
+    assert list(launcher["file_mounts"]) == ["/home/ray/.ray/auth_token"]
+    assert "--env RAY_AUTH_MODE=token" in launcher["docker"]["run_options"]
+
+
+def test_the_head_says_how_far_its_cluster_may_grow(launcher):
+    """Ray 2.60 does not: a training on a cluster that is scaled to zero would be refused."""
+    nodes = launcher["available_node_types"].values()
+    most = [sum(node.get("max_workers", 0) * node["resources"].get(kind, 0) for node in nodes) for kind in LIMITS]
+    told = [f"--env {name}={limit}" for name, limit in zip(LIMITS.values(), most, strict=True)]
+    assert launcher["docker"]["head_run_options"] == told
+    for spec in cluster_specs().values():
+        most = [0, 0]
+        for group in spec["workerGroupSpecs"]:
+            (container,) = group["template"]["spec"]["containers"]
+            for place, kind in enumerate(("cpu", "nvidia.com/gpu")):
+                most[place] += group["maxReplicas"] * int(container["resources"]["limits"].get(kind, 0))
+        (head,) = spec["headGroupSpec"]["template"]["spec"]["containers"]
+        told = {each["name"]: each["value"] for each in head["env"]}
+        assert told == {name: str(limit) for name, limit in zip(LIMITS.values(), most, strict=True)}
 
 
 def test_nodes_install_what_pyproject_names(launcher):

@@ -19,7 +19,8 @@ import torch
 import webdataset
 from PIL import Image
 
-from infra.errors import main_exit
+from infra.errors import BadRequest, main_exit
+from pipelines.training import cluster
 from pipelines.training.checkpoint import assemble, list_checkpoints
 from pipelines.training.run_folder import RunFolder
 from tests.pipelines.training import small_run
@@ -116,6 +117,19 @@ def run_command(run_root: Path, preset: Path, *arguments: str) -> subprocess.Com
         timeout=120,
         check=False,
     )
+
+
+def test_a_cluster_that_says_how_far_it_may_grow(local_ray: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all nodes start on demand there are no CPUs when a job begins, and one node."""
+    for name in cluster.LIMITS.values():
+        monkeypatch.delenv(name, raising=False)
+    assert cluster.resources() == {"CPU": 8.0, "GPU": 0.0} and cluster.node_count() == 1
+    monkeypatch.setenv("CLUSTER_MAX_CPUS", "64")
+    monkeypatch.setenv("CLUSTER_MAX_GPUS", "4")
+    assert cluster.resources() == {"CPU": 64.0, "GPU": 4.0} and cluster.node_count() == 2
+    monkeypatch.setenv("CLUSTER_MAX_GPUS", "four")
+    with pytest.raises(BadRequest, match="CLUSTER_MAX_GPUS=four: give a number"):
+        cluster.resources()
 
 
 def test_a_finished_run_says_so(alone: RunFolder, run_root: Path, preset: Path, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def _finish(lease: RegistryLease, decision: Decision, details: Mapping[str, Any]
 
     client, name, done = open_client(lease.uri), lease.name, replace(decision, state="done")
     told = {done.version: f"{done.event}: {done.reason}"}
-    if done.event == "rollback" and done.before is not None:
+    if done.event == "rollback" and done.before is not None and done.champion == done.version:
         told[done.before] = f"{LEFT}: {done.reason}"
     for version, text in told.items():
         try:

@@ -26,6 +26,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import lru_cache, partial
 from typing import Any
 
@@ -112,16 +113,28 @@ class Location:
 
     def shards(self) -> dict[str, int]:
         """Bytes of each shard by name, sorted. Raises BadRequest where there is none or no access."""
+        sizes = {name: int(entry["size"]) for name, entry in self._list().items()}
+        if not sizes:
+            raise BadRequest(f"data: no shard matches {self.folder}/{self.pattern}; prepare_shards.py makes some")
+        return dict(sorted(sizes.items()))
+
+    def written(self) -> dict[str, float]:
+        """When each shard was written, by name, in seconds since 1970; without those whose storage does not say."""
+        found = {}
+        for name, entry in self._list().items():
+            when = entry.get("mtime", entry.get("LastModified"))  # of a file; of an object on S3
+            if when is not None:
+                found[name] = when.timestamp() if isinstance(when, datetime) else float(when)
+        return found
+
+    def _list(self) -> dict[str, dict[str, Any]]:
         check_access(self.folder)
         filesystem, path = open_filesystem(self.folder)
         try:
             found = filesystem.glob(f"{path}/{self.pattern}", detail=True)
         except OSError as error:
             raise BadRequest(f"data: cannot list {self.folder}: {error}; check the address and your access") from error
-        sizes = {name[len(path) + 1 :]: int(entry["size"]) for name, entry in found.items() if entry["type"] == "file"}
-        if not sizes:
-            raise BadRequest(f"data: no shard matches {self.folder}/{self.pattern}; prepare_shards.py makes some")
-        return dict(sorted(sizes.items()))
+        return {name[len(path) + 1 :]: entry for name, entry in found.items() if entry["type"] == "file"}
 
 
 def _read_index(location: Location, root: str, digest: str | None = None) -> dict[str, Any] | None:
@@ -246,11 +259,19 @@ def refresh_index(url: str, index_root: str | None = None) -> DatasetIndex:
         raw = _read_index(location, root)
         if raw is None:
             continue
-        if {shard["name"]: shard["bytes"] for shard in raw["shards"]} == sizes:
+        same = {shard["name"]: shard["bytes"] for shard in raw["shards"]} == sizes
+        if same and not _written_since(location, f"{root}/{location.index_name}"):
             return _to_index(location, root, raw)
         facts = dict(scan_here(location, root, list(sizes), raw["chunk_samples"], progress=False))
         return write_index(location, root, facts, raw["chunk_samples"])
     return load_index(url, index_root, progress=False)
+
+
+def _written_since(location: Location, index: str) -> bool:
+    """Whether a shard is newer than the index: tars are padded, so other samples may take as many bytes."""
+    indexes, path = open_filesystem(index)
+    indexed = indexes.modified(path).timestamp()
+    return any(written > indexed for written in location.written().values())
 
 
 def scan_here(
@@ -335,18 +356,31 @@ def _load_pinned(
     )
 
 
-def with_share_of_new(index: DatasetIndex, old: DatasetIndex, share: float) -> DatasetIndex:
-    """An index in which shards come several times, so that about `share` of an epoch is of those that `old` lacks.
+def with_share_of_new(index: DatasetIndex, old: DatasetIndex, share: float) -> tuple[DatasetIndex, float]:
+    """An index in which shards come several times, so that about `share` of an epoch is of those that `old` lacks, or
+    has in another size; and what that share is then.
 
-    Whole numbers of times: the new ones or the others come once. Raises BadRequest where either is missing.
+    Whole numbers of times: the smallest with which neither's share is off by more than a tenth. Raises BadRequest where
+    either is missing.
     """
-    known = set(old.names)
-    is_new = np.array([name not in known for name in index.names])
+    known = set(zip(old.names, old.shard_bytes.tolist(), strict=True))
+    is_new = np.array([shard not in known for shard in zip(index.names, index.shard_bytes.tolist(), strict=True)])
     new, others = int(index.shard_samples[is_new].sum()), int(index.shard_samples[~is_new].sum())
     if not new or not others:
         raise BadRequest(f"data.new_share={share:g}: {new} samples are new, and {others} are not; leave it null")
     ratio = share * others / ((1 - share) * new)
-    times = np.where(is_new, max(1, round(ratio)), max(1, round(1 / ratio)))
+    few = range(1, 6)
+    choices = [(max(1, round(ratio * n)), n) for n in few] + [(n, max(1, round(n / ratio))) for n in few]
+
+    def share_of(choice: tuple[int, int]) -> float:
+        return choice[0] * new / (choice[0] * new + choice[1] * others)
+
+    close = 0.1 * min(share, 1 - share)
+    best = min(choices, key=lambda choice: (max(abs(share_of(choice) - share), close), sum(choice)))
+    times = np.where(is_new, *best)
     places = np.repeat(np.arange(len(index.names)), times)
     names = [index.names[place] for place in places]
-    return replace(index, names=names, shard_samples=index.shard_samples[places], shard_bytes=index.shard_bytes[places])
+    mixed = replace(
+        index, names=names, shard_samples=index.shard_samples[places], shard_bytes=index.shard_bytes[places]
+    )
+    return mixed, share_of(best)

@@ -64,8 +64,11 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         show_history(name, history(uri, name), champion_of(uri, name))
     elif arguments.rollback:
         with RegistryLease(uri, name) as lease:
-            mend(lease)
-            decision = roll_back(lease)
+            mended = mend(lease)
+            tell_mended(name, mended)
+            went_back = [each for each in mended if each.event == "rollback" and each.champion == each.version]
+            # Typed again after it was cut off, it went back already: once more would be a champion too far.
+            decision = went_back[-1] if went_back else roll_back(lease)
         summary = {"model": name, "outcome": "rolled back", **asdict(decision)}
         Console(soft_wrap=True).print(f"{name}: {decision.reason}", highlight=False)
     else:
@@ -76,6 +79,12 @@ def promote(arguments: argparse.Namespace) -> dict[str, Any]:
         show(summary)
     write_summary(arguments.summary, summary)
     return summary
+
+
+def tell_mended(name: str, mended: list[Decision]) -> None:
+    """Say which decisions had been cut off, and what became of them."""
+    for decision in mended:
+        print(f"{name}: decision {decision.number} was cut off; {decision.reason}", flush=True)
 
 
 def read_gates(path: str | None, overrides: list[str]) -> Gates:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadRequest, check_summary, write_summary
 from infra.mlflow_store import check_tracking, open_client
-from infra.promotion import LEFT, champion_of, verify_version
+from infra.promotion import LEFT, champion_of, champions, history, verify_version
 from infra.registry import find_version
 from pipelines.data.index import DatasetIndex, load_index, refresh_index
 from pipelines.evaluation.command import add_measuring_arguments, request_of
 from pipelines.promotion.command import read_gates, show
+from pipelines.promotion.gates import Gates
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.run_folder import RunFolder, share_index
 
@@ -37,8 +38,7 @@ def argument_parser(description: str = "") -> argparse.ArgumentParser:
         "--from",
         dest="start",
         choices=("champion", "scratch"),
-        default="champion",
-        help="weights to begin with (default: %(default)s; from scratch where there is no champion)",
+        help="weights to begin with (default: champion; from scratch where there is no champion)",
     )
     add("--samples", type=int, help="samples to train on, in whole steps (default: the preset's run.steps)")
     add("--hours", type=float, help="hours of training after which it ends, if it is not through before")
@@ -71,7 +71,7 @@ def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
     champion = _champion(uri, name)
     config, index = _configure(arguments, uri, name, champion)
     summary: dict[str, Any] = {"model": name, "run": config.run.name, "champion": champion, "promoted": False}
-    _check_judgeable(config, request)
+    _check_judgeable(config, request, gates)
     if champion is not None:
         verify_version(uri, name, champion)
     indexes = RunFolder.of(config).path("index")
@@ -80,6 +80,8 @@ def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
             refresh_index(url, indexes)
     reason = _nothing_new(uri, name, champion, index.digest, arguments.again)
     if reason is not None:
+        if refresh_index(config.data.url, indexes).digest != index.digest:
+            reason += f"; run {config.run.name} is of the shards of then: name another --period for those of now"
         summary |= {"event": "nothing_new", "outcome": "nothing new", "reason": reason}
         print(f"{name}: {reason}", flush=True)
         write_summary(arguments.summary, summary)
@@ -98,7 +100,7 @@ def retrain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _champion(uri: str, name: str) -> str | None:
-    """The champion's version; None where there is none, or no such model yet."""
+    """The champion's version; None where there is none, or no such model yet. Raises BadRequest where it was lost."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -107,7 +109,13 @@ def _champion(uri: str, name: str) -> str | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return champion_of(uri, name)
+    champion = champion_of(uri, name)
+    if champion is None and (lost := champions(history(uri, name))):
+        raise BadRequest(
+            f"{name} had champion {lost[-1]}, and no version has that alias now: set it in MLflow, or promote another "
+            "version by promote.py --anew"
+        )
+    return champion
 
 
 def _configure(
@@ -141,14 +149,34 @@ def _configure(
         index = refresh_index(config.data.url, folder.path("index"))
         start = None if champion is None or arguments.start == "scratch" else f"models:/{name}/{champion}"
         settled = {"run.init_from": start, "data.index": index.digest, "data.old_index": None, "data.new_share": None}
-        if arguments.new_share is not None and champion is not None:
+        if arguments.new_share is not None and champion is None:
+            print(f"note: --new-share is left out, as {name} has no champion yet: all samples are new", flush=True)
+        elif arguments.new_share is not None:
             settled |= {"data.old_index": tags.get("index_digest"), "data.new_share": arguments.new_share}
     else:
         index = load_index(config.data.url, folder.path("index"), progress=False, digest=begun["data"].get("index"))
         settled = {"run.init_from": begun["run"]["init_from"]}
         settled |= {f"data.{key}": begun["data"].get(key) for key in ("index", "old_index", "new_share")}
+        _check_settled(arguments, settled, config.run.name)
     fixed += [f"{key}={json.dumps(value)}" for key, value in settled.items()]
     return load_config(arguments.preset, [*arguments.overrides, *fixed]), index
+
+
+def _check_settled(arguments: argparse.Namespace, settled: dict[str, Any], run: str) -> None:
+    """Raise BadRequest where a run is typed again with another beginning.
+
+    One that found no champion began from scratch, with all shards new, whatever was asked for.
+    """
+    start, share = settled["run.init_from"], settled["data.new_share"]
+    other = {
+        "--from scratch": arguments.start == "scratch" and start is not None,
+        f"--new-share {arguments.new_share}": arguments.new_share is not None
+        and arguments.new_share != share
+        and (share is not None or start is not None),
+    }
+    if told := [argument for argument, differs in other.items() if differs]:
+        began = f"from {start or 'scratch'}" + ("" if share is None else f" with --new-share {share:g}")
+        raise BadRequest(f"run {run} began {began}: leave out {' and '.join(told)}, or name another --period")
 
 
 def _nothing_new(uri: str, name: str, champion: str | None, digest: str, again: bool) -> str | None:
@@ -166,7 +194,7 @@ def _nothing_new(uri: str, name: str, champion: str | None, digest: str, again: 
     return None
 
 
-def _check_judgeable(config: TrainConfig, request: Request) -> None:
+def _check_judgeable(config: TrainConfig, request: Request, gates: Gates) -> None:
     """Raise BadRequest where what is trained could not be judged: better now than after hours."""
     if config.objective.kind not in _JUDGED:
         raise BadRequest(
@@ -175,8 +203,12 @@ def _check_judgeable(config: TrainConfig, request: Request) -> None:
         )
     if request.data is None and config.data.validation_url is None:
         raise BadRequest("name data.validation_url, or --data: held-out pictures to judge with")
-    if request.features is None and config.data.demo != "digits":
+    features = request.features or ("digits" if config.data.demo == "digits" else None)
+    if features is None:
         raise BadRequest("name what looks at the pictures, such as --features dinov2:FOLDER_OR_HUB_NAME")
+    conditional = getattr(config.objective, "conditional", False)
+    if gates.captions and conditional and features != "digits" and request.clip is None:
+        raise BadRequest("name what looks at captions: --clip FOLDER_OR_HUB_NAME (or --gate captions=false)")
 
 
 def _since(uri: str, name: str, champion: str | None) -> str:

@@ -13,6 +13,7 @@ from pipelines.evaluation.plan import Request
 from pipelines.evaluation.references import data_of, pinned_index
 from pipelines.evaluation.run import evaluate
 from pipelines.evaluation.subject import find_subject
+from pipelines.promotion.command import tell_mended
 from pipelines.promotion.gates import Evaluated, Gates, judge, reason_of
 
 
@@ -29,8 +30,7 @@ def decide(
     with ExitStack() as held:
         lease = None if dry_run else held.enter_context(RegistryLease(uri, name))
         if lease is not None:
-            for decision in mend(lease):
-                print(f"{name}: decision {decision.number} was cut off; {decision.reason}", flush=True)
+            tell_mended(name, mend(lease))
         verify_version(uri, name, version)
         champion = champion_of(uri, name)
         found: dict[str, Any] = {"model": name, "version": version, "before": champion, "champion": champion}

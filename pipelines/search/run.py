@@ -27,7 +27,7 @@ from pipelines.training.presets import override
 from pipelines.training.run_folder import RunFolder
 
 # What trials need of the driver's environment, where they run on another node or in a Ray that was there before.
-_ENVIRONMENT = ("RUN_ROOT",)
+_ENVIRONMENT = ("RUN_ROOT", *cluster.LIMITS.values())
 
 
 def search_best(base: dict[str, Any], search: SearchConfig) -> dict[str, Any]:
@@ -165,9 +165,14 @@ def _run_trials(
         ),
     )
     results = tuner.fit()
-    for number, result in enumerate(results):
-        if result.error is not None:
-            print(f"trial {number}: {' '.join(str(result.error).split())[-500:]}", file=sys.stderr)
+    died = {n: " ".join(str(result.error).split())[-500:] for n, result in enumerate(results) if result.error}
+    for number, error in died.items():
+        print(f"trial {number}: {error}", file=sys.stderr)
+    if died:
+        raise RunFailed(
+            f"{len(died)} of {search.trials} trials died {search.max_failures + 1} times each, as said above; what is "
+            "known of them is kept: type the same command again to go on"
+        )
     if len(read_trials(folder)) < search.trials:
         raise KeyboardInterrupt
 

@@ -37,7 +37,8 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
     os.environ |= job["environment"]
     from ray import tune
 
-    from pipelines.training.launch import Part, train
+    from pipelines.training.fit import Part
+    from pipelines.training.launch import train
 
     search, folder = SearchConfig.model_validate(job["search"]), RunFolder(job["folder"])
     values = {key: value for key, value in point.items() if key != NUMBER}
@@ -52,10 +53,8 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
         since = pointer["step"]
     # What an earlier driver was told, this one is told too. A population goes on from where each one stands.
     known = trial.reports if search.method != "pbt" else trial.reports[-1:] if trial.complete else []
-    for entry in known:
-        if entry["step"] > since:
-            _tell(trial, entry, search)
     if trial.complete:
+        _tell_again(trial, known, since, search)
         return
 
     def on_measured(entry: dict[str, Any]) -> None:
@@ -68,10 +67,13 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
             _tell(trial, entry, search)
 
     try:
+        _tell_again(trial, known, since, search)
         config = trial_config(job["base"], search, trial.run, trial.values, trial.continue_from)
         share_index(folder, RunFolder.of(config))
-        train(config, lines=True, parent_run=job["parent_run"], part=Part(search.steps, on_measured))
-        _check_measured(trial, search)
+        paused = train(config, lines=True, parent_run=job["parent_run"], part=Part(search.steps, on_measured))
+        if paused.get("measured"):  # the driver may have missed it, as where the board was started again
+            on_measured({"step": paused["steps"], "figures": paused["measured"], "checkpoint": paused["checkpoint"]})
+        _check_measured(trial.reports[-1]["figures"] if trial.reports else {}, search)
     except (BadRequest, RunFailed) as error:
         if isinstance(error.__cause__, (*storage.ERRORS, urllib.error.URLError)):
             raise  # a server does not answer: Ray Tune starts the trial again
@@ -86,11 +88,16 @@ def run_trial(point: dict[str, Any], job: dict[str, Any]) -> None:
     _tell(trial, trial.reports[-1], search)
 
 
-def _check_measured(trial: Trial, search: SearchConfig) -> None:
-    """Raises RunFailed where the last figures lack the one that decides."""
-    figures = trial.reports[-1]["figures"] if trial.reports else {}
+def _check_measured(figures: dict[str, float], search: SearchConfig) -> None:
+    """Raises RunFailed where figures lack the one that decides."""
     if search.metric not in figures:
         raise RunFailed(f"{search.metric} was not finite, or is not measured: there are {', '.join(sorted(figures))}")
+
+
+def _tell_again(trial: Trial, known: list[dict[str, Any]], since: int, search: SearchConfig) -> None:
+    for entry in known:
+        if entry["step"] > since:
+            _tell(trial, entry, search)
 
 
 def _tell(trial: Trial, entry: dict[str, Any], search: SearchConfig) -> None:
@@ -98,7 +105,7 @@ def _tell(trial: Trial, entry: dict[str, Any], search: SearchConfig) -> None:
     from ray import tune
 
     pointer = {"number": trial.number, "step": entry["step"], "checkpoint": entry["checkpoint"]}
-    _check_measured(trial, search)
+    _check_measured(entry["figures"], search)
     with tempfile.TemporaryDirectory() as temporary:
         (Path(temporary) / _POINTER).write_text(json.dumps(pointer))
         tune.report({**entry["figures"], "step": entry["step"]}, checkpoint=tune.Checkpoint.from_directory(temporary))

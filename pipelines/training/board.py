@@ -39,9 +39,10 @@ class Board:
         """Held-out figures at a step, and the checkpoint that they belong to."""
         self._measurements.append(entry)
 
-    def measurements(self, since: int) -> list[dict[str, Any]]:
-        """All but the first `since`."""
-        return self._measurements[since:]
+    def measurements(self, last: int) -> list[dict[str, Any]]:
+        """Those after a step; one that was measured again after a restart is told once."""
+        later = {entry["step"]: entry for entry in self._measurements if entry["step"] > last}
+        return [later[step] for step in sorted(later)]
 
     def read(self) -> tuple[dict[str, Any], list[str]]:
         """The newest progress, and all notes."""

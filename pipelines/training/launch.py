@@ -9,10 +9,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ from pipelines.training import cluster
 from pipelines.training.checkpoint import Checkpoint
 from pipelines.training.config import TrainConfig, abstract_networks, logged
 from pipelines.training.export import export_run, initial_objective, to_publish
+from pipelines.training.fit import Part, fit
 from pipelines.training.inputs import local_inputs, parents, prepare_inputs, sample_spec
 from pipelines.training.lease import EXPIRY_SECONDS, Lease
 from pipelines.training.run_data import RunData, data_urls
@@ -39,20 +37,6 @@ _SHARD_SAMPLES = 1000
 _READ_FIRST, _READ_MORE = 8, 256  # samples that are tried before any worker starts
 _PATIENCE_SECONDS = 1.5 * EXPIRY_SECONDS  # a trial whose process was killed on another machine is started again
 _CHECKED_PARAMETERS = 500_000_000  # larger models are built by the workers alone
-
-
-@dataclass(frozen=True)
-class Part:
-    """A training that is paused before its end, and watched meanwhile, as a trial of a search.
-
-    Attributes:
-        until: step at which it is paused, with a checkpoint; typed again without a part, it goes on.
-        on_measured: called in the driver with {"step", "figures", "checkpoint"} once a step's held-out figures and its
-            checkpoint are there. What it raises ends the training.
-    """
-
-    until: int
-    on_measured: Callable[[dict[str, Any]], None]
 
 
 def train(
@@ -97,7 +81,7 @@ def train(
             if not ready:
                 if newest is not None:
                     print(f"run {config.run.name!r} resumes from step {newest.step} of {config.run.steps}", flush=True)
-                _fit(config, folder, uri, run_id, lease, started, lines, part)
+                fit(config, folder, uri, run_id, lease, started, lines, part)
             lease.check()
             if part is not None and (paused := _paused(config, folder)):
                 tracking.finish_run(uri, run_id, "FINISHED")
@@ -229,6 +213,8 @@ def prepare_data(config: TrainConfig, folder: RunFolder) -> tuple[RunData, DataO
     is checked here."""
     draw_demo(config)
     data = RunData.load(config, folder.path("index"))
+    if data.new_share is not None:
+        print(f"of an epoch of {data.train.samples} samples {data.new_share:.3f} are new", flush=True)
     orders = data.orders(config)
     for key, order in zip(("data.url", "data.other_url"), orders, strict=False):
         order.check_world_size(config.workers.count)
@@ -269,126 +255,6 @@ def _open_tracking(config: TrainConfig, folder: RunFolder, uri: str, data: RunDa
     return run_id
 
 
-def _fit(
-    config: TrainConfig,
-    folder: RunFolder,
-    uri: str,
-    run_id: str,
-    lease: Lease,
-    started: float,
-    lines: bool,
-    part: Part | None,
-) -> None:
-    extractor = _extractor(config)
-    marks = {"launch": started, "checks": time.time()}
-    cluster.connect(config)
-    marks["ray"] = time.time()
-    import ray
-    from ray.train import FailureConfig, ScalingConfig
-    from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from pipelines.training.board import Board, ProgressDisplay, describe_failure, first_cause
-    from pipelines.training.worker import train_worker
-
-    cluster.check_shared(folder.url, "the run's folder")
-    for key, url in data_urls(config).items():
-        if url is not None:
-            cluster.check_shared(url, key)
-    tracking.check_tracking(uri, cluster.node_count())
-    board = Board.remote()  # type: ignore[attr-defined]
-    filesystem, path = (
-        storage.ray_filesystem(folder.path("ray")) if storage.is_remote(folder.url) else (None, folder.path("ray"))
-    )
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config={
-            "config": config.model_dump_json(),
-            "folder": folder.url,
-            "tracking_uri": uri,
-            "mlflow_run_id": run_id,
-            "board": board,
-            "marks": marks,
-            "extractor": None if extractor is None else ray.put(extractor),  # checked here, and the same on every node
-            "until": None if part is None else part.until,
-        },
-        torch_config=TorchConfig(backend="nccl" if config.workers.use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers.count,
-            use_gpu=config.workers.use_gpu,
-            resources_per_worker={"CPU": config.workers.cpus} | ({"GPU": 1} if config.workers.use_gpu else {}),
-        ),
-        run_config=RayRunConfig(
-            name=f"{config.run.name}-{time.time_ns()}",  # a launch of its own: what is resumed is our checkpoint
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.workers.max_failures),
-        ),
-    )
-    display = ProgressDisplay(board, config.run.name, config.run.steps, lines)
-    try:
-        error = _fit_in_thread(trainer, lease, board, part)
-    finally:
-        display.close()
-    cause = first_cause(ray.get(board.failures.remote()))
-    if error is None and (cause is None or not cause["fatal"]):
-        return
-    if cause is not None:
-        raise RunFailed(describe_failure(cause)) from error
-    raise RunFailed(f"training ended without a worker's report: {error}") from error
-
-
-def _extractor(config: TrainConfig) -> Any:
-    """What looks at pictures drawn during training; None where none are. Raises BadRequest."""
-    if not config.evaluation.every:
-        return None
-    from genmodels.features.extractor import open_extractor
-
-    try:
-        if config.evaluation.features is not None:
-            return open_extractor(config.evaluation.features)
-        from pipelines.demo.classifier import digits_extractor
-
-        return digits_extractor()
-    except ValueError as error:
-        raise BadRequest(f"evaluation.features: {' '.join(str(error).split())}") from None
-
-
-def _fit_in_thread(trainer: Any, lease: Lease, board: Any, part: Part | None) -> Exception | None:
-    """`trainer.fit()`; what it raises is returned. Raises RunFailed where the lease is lost meanwhile.
-
-    In the main thread Ray Train would take over SIGINT for the rest of the process, and exit with 0 when it comes.
-    """
-    raised: list[Exception] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:
-            raised.append(error)
-
-    def tell(told: int) -> int:
-        import ray
-
-        try:
-            entries = [] if part is None else ray.get(board.measurements.remote(told))
-        except ray.exceptions.RayError:  # the actor is being restarted
-            return told
-        for entry in entries:
-            part.on_measured(entry)  # type: ignore[union-attr]
-        return told + len(entries)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    told = 0
-    while thread.is_alive():
-        thread.join(1.0)
-        lease.check()
-        told = tell(told)
-    tell(told)
-    return raised[0] if raised else None
-
-
 def _publish(
     config: TrainConfig, folder: RunFolder, uri: str, run_id: str, data: RunData, order: DataOrder
 ) -> dict[str, Any]:
@@ -405,7 +271,7 @@ def _publish(
         "steps": newest.step,
         "checkpoint": newest.url,
         "epochs": order.slots_consumed(newest.step) / order.samples,
-        "samples": data.train.samples,
+        "samples": data.samples,
         **data.facts,
         "export": export_url,
         "mlflow_run_id": run_id,
@@ -449,9 +315,16 @@ def _publish(
 
 
 def git_commit() -> str:
-    """The commit of the checkout, from git or the environment (GIT_COMMIT); "unknown" in a bare copy of the sources."""
+    """The commit of the sources, by the environment (GIT_COMMIT), a file of that name beside them, as an image has it,
+    or git; "unknown" in a bare copy."""
     if os.environ.get("GIT_COMMIT"):
         return os.environ["GIT_COMMIT"]
-    here = Path(__file__).resolve().parent
-    asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False)
+    sources = Path(__file__).resolve().parents[2]
+    noted = sources / "GIT_COMMIT"
+    if noted.is_file():
+        return noted.read_text().strip() or "unknown"
+    try:
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=sources, capture_output=True, text=True, check=False)
+    except OSError:  # there is no git
+        return "unknown"
     return asked.stdout.strip() if asked.returncode == 0 else "unknown"

@@ -29,23 +29,29 @@ _OTHER = 1  # keeps the two orders apart, also where both sets hold as many samp
 
 @dataclass(frozen=True)
 class RunData:
-    """Indexes of the shards at data.url, data.validation_url, data.other_url and data.other_validation_url."""
+    """Indexes of the shards at data.url, data.validation_url, data.other_url and data.other_validation_url.
+
+    Attributes:
+        new_share: share of an epoch that is new, where data.new_share asks for one: about that.
+    """
 
     train: DatasetIndex
     validation: DatasetIndex | None = None
     other: DatasetIndex | None = None
     other_validation: DatasetIndex | None = None
+    new_share: float | None = None
 
     @staticmethod
     def load(config: TrainConfig, index_root: str, **how: Any) -> RunData:
         """Read the indexes; `how` is `load_index`'s. Raises BadRequest as that does."""
         url, *others = data_urls(config).values()
         assert url is not None
-        train = load_index(url, index_root, **how, digest=config.data.index)
+        train, share = load_index(url, index_root, **how, digest=config.data.index), None
         if config.data.new_share is not None:
             old = load_index(url, index_root, **how, digest=config.data.old_index, present=False)
-            train = with_share_of_new(train, old, config.data.new_share)
-        return RunData(train, *(None if url is None else load_index(url, index_root, **how) for url in others))
+            train, share = with_share_of_new(train, old, config.data.new_share)
+        rest = [None if url is None else load_index(url, index_root, **how) for url in others]
+        return RunData(train, rest[0], rest[1], rest[2], new_share=share)
 
     @property
     def facts(self) -> dict[str, str]:
@@ -53,10 +59,17 @@ class RunData:
         known = {"index_digest": self.train.digest}
         return known if self.other is None else {**known, "other_index_digest": self.other.digest}
 
+    @property
+    def samples(self) -> int:
+        """Different samples at data.url: those of a shard that comes several times an epoch count once."""
+        return int(sum(dict(zip(self.train.names, self.train.shard_samples, strict=True)).values()))
+
     def described(self, config: TrainConfig) -> dict[str, Any]:
         """For the model's card: where the data is, whose terms it is under, and what of it was used, how."""
         data = config.data
-        told = {"url": data.url, "samples": self.train.samples, "index digest": self.train.digest}
+        told = {"url": data.url, "samples": self.samples, "index digest": self.train.digest}
+        if self.new_share is not None:
+            told["samples in an epoch"] = f"{self.train.samples}, {self.new_share:.3f} of them new"
         if self.other is not None:
             own = {"url": data.other_url, "samples": self.other.samples, "index digest": self.other.digest}
             told |= {f"other {name}": value for name, value in own.items()}

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from infra import registry
 from infra.errors import BadRequest
 from infra.mlflow_store import open_client
+from infra.promotion import conclude
 from infra.registry_lease import RegistryLease
 from infra.storage import download_folder
 from pipelines import promote as script
@@ -25,7 +26,7 @@ from tests.pipelines.training import small_run
 
 pytestmark = pytest.mark.slow
 COUNT = 40
-SMALL = ["--count", str(COUNT), "--num-steps", "2", "--features", "digits", "--actors", "2"]
+SMALL = ["--count", str(COUNT), "--num-steps", "2", "--features", "digits", "--actors", "1"]
 NEARER = ["improve=[frechet_distance]", "share_of_real={}", "not_worse=[]", "copies=false", "slice_loss=1"]
 
 
@@ -71,12 +72,12 @@ def test_a_life_of_champions(run: Any, versions: str, capsys: pytest.CaptureFixt
     refused = run("models:/promo/1")  # noise reaches no threshold
     assert refused["outcome"] == "refused" and refused["champion"] is None and not aliases()
     assert "of real" in refused["reason"]
+    tried = run("models:/promo/1", "--dry-run", *NEARER)
+    assert tried["outcome"] == "would be promoted" and not tried["promoted"] and not aliases()
     first = run("models:/promo/1", *NEARER)
     assert (first["outcome"], first["event"], first["promoted"], first["champion"]) == ("promoted", "first", True, "1")
     again = run("models:/promo/1", *NEARER)
     assert again["outcome"] == "already champion"
-    tried = run("models:/promo/2", "--dry-run", *NEARER)
-    assert tried["outcome"] == "would be promoted" and not tried["promoted"] and aliases() == {"champion": "1"}
     better = run("models:/promo/2", *NEARER)
     assert (better["event"], better["champion"], better["before"]) == ("better", "2", "1")
     assert "frechet_distance" in better["reason"] and better["candidate"]["figures"]
@@ -90,6 +91,35 @@ def test_a_life_of_champions(run: Any, versions: str, capsys: pytest.CaptureFixt
     assert [each["event"] for each in told] == ["refused", "first", "better", "refused", "rollback"]
     printed = capsys.readouterr().out
     assert "promo: champion is version 1" in printed and "1 → 2" in printed
+
+
+def test_a_rollback_that_was_cut_off_and_is_typed_again_goes_back_once(
+    run: Any, versions: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was killed after the alias moved: what it left to do is done, and the champion before that one stays."""
+    from mlflow.tracking import MlflowClient
+
+    def aliases() -> dict[str, str]:
+        return {k: str(v) for k, v in open_client(versions).get_registered_model("promo").aliases.items()}
+
+    for version, event in (("1", "first"), ("2", "better"), ("3", "better")):
+        with RegistryLease(versions, "promo") as lease:
+            conclude(lease, event, version, "")
+    assert aliases() == {"champion": "3", "previous_champion": "2"}
+    whole = MlflowClient.set_registered_model_alias
+
+    def cut(self: Any, *arguments: Any) -> None:
+        whole(self, *arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "set_registered_model_alias", cut)
+        run("models:/promo", "--rollback")
+    again = run("models:/promo", "--rollback")
+    assert (again["outcome"], again["before"], again["champion"]) == ("rolled back", "3", "2")
+    assert "was cut off before it was recorded" in capsys.readouterr().out
+    assert aliases() == {"champion": "2", "previous_champion": "1"}
+    assert run("models:/promo", "--rollback")["champion"] == "1"
 
 
 def test_somebody_else_promotes(run: Any, versions: str) -> None:

@@ -20,7 +20,7 @@ from pipelines.training.run_folder import RunFolder
 from tests.pipelines.training import small_run
 
 pytestmark = pytest.mark.slow
-MEASURED = ["--count", "24", "--num-steps", "2", "--features", "digits", "--actors", "2"]
+MEASURED = ["--count", "24", "--num-steps", "2", "--features", "digits", "--actors", "1"]
 OPEN = {"share_of_real": "{}", "not_worse": "[]", "copies": "false", "slice_loss": "1", "improve": "[frechet_distance]"}
 
 
@@ -35,8 +35,8 @@ def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypat
     def typed(*arguments: str, samples: int = 96, **gates: str) -> list[str]:
         told = [part for key, value in (OPEN | gates).items() for part in ("--gate", f"{key}={value}")]
         command = ["models:/again", str(preset), f"data.url={shards}", f"data.validation_url={held_out}"]
-        command += ["run.checkpoint_every=3", "--samples", str(samples), *arguments, *MEASURED, *told]
-        return [*command, "--summary", str(tmp_path / "summary.json")]
+        command += ["workers.count=1", "run.checkpoint_every=3", "--samples", str(samples), *arguments]
+        return [*command, *MEASURED, *told, "--summary", str(tmp_path / "summary.json")]
 
     def call(*arguments: str, samples: int = 96, **gates: str) -> dict[str, Any]:
         return retrain(argument_parser().parse_intermixed_args(typed(*arguments, samples=samples, **gates)))
@@ -48,7 +48,8 @@ def run(local_ray: None, run_root: Path, preset: Path, tmp_path: Path, monkeypat
 def test_a_model_is_trained_again_where_its_data_have_grown(
     run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _kill_in_the_middle(run.typed("--period", "one"), run_root, tmp_path)
+    told = _kill_in_the_middle(run.typed("--period", "one", "--new-share", "0.5"), run_root, tmp_path)
+    assert "--new-share is left out, as again has no champion yet" in told
     assert not [model.name for model in open_client(None).search_registered_models("name = 'again'")]
     late = run.shards / "late-00000.tar"  # arrives meanwhile: the run goes on with its own shards
     late.write_bytes((run.shards / "00000.tar").read_bytes())
@@ -66,46 +67,49 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
 
     small_run.write_digits(str(run.shards / "more"), 32)
     (run.shards / "more" / "00000.tar").rename(run.shards / "more-00000.tar")
+    assert "run again-one is of the shards of then: name another --period" in run("--period", "one")["reason"]
     capsys.readouterr()
     worse = run("--period", "two", "--new-share", "0.5", "--hours", "1", improve_by="{frechet_distance: 1.0e+9}")
-    assert "96 samples, other than those of champion 1" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "96 samples, other than those of champion 1" in told
+    assert "of an epoch of 128 samples 0.500 are new" in told
     assert (worse["event"], worse["outcome"], worse["champion"]) == ("refused", "refused", "1")
     client = open_client(None)
     version = client.get_model_version("again", worse["version"])
     settled = RunFolder(worse["run_folder"]).config()
     assert (settled.data.new_share, settled.run.max_hours) == (0.5, 1.0)
     assert settled.data.old_index == client.get_model_version("again", "1").tags["index_digest"]
+    assert version.tags["samples"] == "96"  # the repeated ones count once
     assert version.tags["init_from"] == "models:/again/1" and RunFolder(worse["run_folder"]).config().run.steps == 6
     known = run("--period", "three")
-    assert known["event"] == "nothing_new"
+    assert known["event"] == "nothing_new" and "name another" not in known["reason"]
     assert known["reason"].startswith(
         "nothing new since version 2, which was refused: better than the champion: frechet"
     )
 
     # Judged by other gates; the run of the period is finished, and so is not trained once more.
-    judged = run(
-        "--period",
-        "two",
-        "--again",
-        "--from",
-        "scratch",
-        certain="false",
-        improve="[precision]",
-        improve_by="{precision: 1}",
-    )
+    gates = {"certain": "false", "improve": "[precision]", "improve_by": "{precision: 1}"}
+    for other in ("--from scratch", "--new-share 0.25"):
+        with pytest.raises(BadRequest, match=f"run again-two began from models:/again/1 .*: leave out {other}"):
+            run("--period", "two", "--again", *other.split(), **gates)
+    judged = run("--period", "two", "--again", **gates)
     assert (judged["version"], judged["event"]) == ("2", "refused") and "precision" in judged["reason"]
     assert len(client.search_model_versions("name = 'again'")) == 2
 
 
-def _kill_in_the_middle(arguments: list[str], run_root: Path, folder: Path) -> None:
-    """Type the command, and switch the machine off at the first checkpoint of its training."""
+def _kill_in_the_middle(arguments: list[str], run_root: Path, folder: Path) -> str:
+    """Type the command, and switch the machine off at the first checkpoint of its training; what it printed."""
     command = [sys.executable, str(small_run.CHECKOUT / "pipelines" / "retrain.py"), *arguments]
-    process = subprocess.Popen(command, env=small_run.environment(run_root), cwd=folder, start_new_session=True)
+    printed = folder / "printed.txt"
+    environment = small_run.environment(run_root)
+    with printed.open("w") as file:
+        process = subprocess.Popen(command, env=environment, cwd=folder, start_new_session=True, stdout=file)
     try:
         checkpoints = RunFolder(str(run_root / "again-one")).checkpoints
         small_run.wait_until(lambda: bool(list_checkpoints(checkpoints)), 300, "a checkpoint of the retraining")
     finally:
         small_run.kill_tree(process)
+    return printed.read_text()
 
 
 def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: Path) -> None:
@@ -122,3 +126,6 @@ def test_a_second_one_at_once_and_what_cannot_be_asked_for(run: Any, run_root: P
             run(*arguments)
     with pytest.raises(BadRequest, match="a step alone takes 16"):
         run(samples=3)
+    blind = ["dinov2:nowhere" if part == "digits" else part for part in run.typed()]
+    with pytest.raises(BadRequest, match="name what looks at captions: --clip"):
+        retrain(argument_parser().parse_intermixed_args(blind))

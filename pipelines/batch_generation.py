@@ -135,7 +135,7 @@ def read_prompts(path: str, seed: int) -> tuple[list[str], np.ndarray]:
     """
     url = path if storage.is_remote(path) else storage.open_filesystem(path)[1]
     try:
-        lines = storage.read_bytes(url).decode("utf-8").splitlines()
+        lines = storage.read_bytes(url).decode("utf-8").split("\n")  # not at the other signs that splitlines knows
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"{path}: cannot be read as UTF-8 text ({error})") from error
     prompts: list[str] = []
@@ -150,6 +150,10 @@ def read_prompts(path: str, seed: int) -> tuple[list[str], np.ndarray]:
                 text, own = str(told["prompt"]).strip(), int(told.get("seed", own))
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise BadRequest(f'{path}, line {number + 1}: write {{"prompt": "…", "seed": 1}}') from None
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise BadRequest(f"{path}, line {number + 1}: {text[:60]!a} is no text ({error.reason})") from None
         if own not in range(-(2**63), 2**63):
             raise BadRequest(f"{path}, line {number + 1}: a seed is a whole number of at most 63 bits")
         prompts.append(text)

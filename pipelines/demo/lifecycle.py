@@ -24,7 +24,7 @@ sys.path.insert(0, str(SOURCES))
 
 from infra.errors import RunFailed, main_exit
 from infra.local_stack import LocalStack
-from infra.stack.jobs import submit
+from infra.stack.jobs import MISLEADING, submit
 from infra.storage import run_root
 from pipelines.demo.lifecycle_data import write_arrival
 from pipelines.training.launch import git_commit
@@ -135,6 +135,8 @@ def run(out: Path, seed: int, keep: bool) -> dict[str, Any]:
     stack = LocalStack.up(folder, nodes=2, cpus=4)
     try:
         environment = stack.environment()
+        for name in MISLEADING:
+            os.environ.pop(name, None)
         os.environ |= {key: value for key, value in environment.items() if key.startswith("AWS_")}
         for part in stack.parts:
             print(f"   {part.name:8s} {part.url}", flush=True)

@@ -92,7 +92,7 @@ def test_each_prompt_has_its_picture_once_and_what_is_there_is_not_drawn_again(
     again = run(*command(prompts, out, export))
     assert again["drawn_now"] == 0 and again["index_digest"] == summary["index_digest"]
     for changed in (["--num-steps", "3"], ["--seed", "6"]):
-        with pytest.raises(BadRequest, match="holds shards of another request"):
+        with pytest.raises(BadRequest, match=rf"holds shards of another request .*, made by {export}\)"):
             run(*command(prompts, out, export), *changed)
     anew = run(*command(prompts, out, export), "--seed", "6", "--overwrite")
     assert anew["drawn_now"] == COUNT and anew["index_digest"] != summary["index_digest"]
@@ -100,7 +100,7 @@ def test_each_prompt_has_its_picture_once_and_what_is_there_is_not_drawn_again(
 
 @pytest.mark.slow
 def test_killed_and_typed_again_none_is_lost_and_none_comes_twice(
-    prompts: Path, export: Path, run_root: Path, tmp_path: Path
+    run: Any, prompts: Path, export: Path, run_root: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     line = command(prompts, out, export, "--num-steps", "60", "--batch-size", "1")
@@ -116,14 +116,7 @@ def test_killed_and_typed_again_none_is_lost_and_none_comes_twice(
     tars = {path: path.read_bytes() for path in (Path(str(each).partition(".index")[0]) for each in before)}
     assert 2 <= len(before) < 6, "the job was faster than the test: give it more steps"
     assert not (out / "index.json").exists()
-    done = subprocess.run(
-        [*line, "--summary", str(tmp_path / "summary.json")],
-        env=small_run.environment(run_root),
-        check=True,
-        timeout=240,
-    )
-    assert done.returncode == 0
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary = run(*line)
     assert summary["drawn_now"] == COUNT - SHARD * len(before) and summary["pictures"] == COUNT
     assert {path: path.read_bytes() for path in tars} == tars
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in before} == before
@@ -148,6 +141,7 @@ def test_a_prompt_that_cannot_be_drawn_stops_none_of_the_others(tmp_path: Path) 
     [
         ("none.txt", "\n \n", "holds no prompts"),
         ("bad.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', r"bad\.jsonl, line 2: write"),
+        ("half.jsonl", '{"prompt": "a"}\n{"prompt": "b \\ud83d"}\n', "line 2: .* is no text"),
         ("big.jsonl", '{"prompt": "a", "seed": 99999999999999999999}\n', "line 1: a seed is a whole number"),
     ],
 )
@@ -163,3 +157,5 @@ def test_lines_may_bring_their_seeds(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n\n{"prompt": " b ", "seed": 7}\n{"prompt": "c"}\n')
     texts, seeds = read_prompts(str(tmp_path / "p.jsonl"), 100)
     assert texts == ["a", "b", "c"] and seeds.tolist() == [100, 7, 102]
+    (tmp_path / "p.txt").write_bytes("a\u2028b\r\n\x0b\n c\x85d".encode())
+    assert read_prompts(str(tmp_path / "p.txt"), 0)[0] == ["a\u2028b", "c\x85d"]

@@ -73,7 +73,7 @@ def decide(
         }
         found |= {"event": event, "promoted": passed and not dry_run, "reason": reason, **details}
         if lease is None:
-            return {**found, "outcome": "would be promoted" if passed else "would be refused"}
+            return {**found, "champion": champion, "outcome": "would be promoted" if passed else "would be refused"}
         decision = conclude(lease, event, version, reason, details)
         return {**found, **asdict(decision), "outcome": "promoted" if passed else "refused"}
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -17,6 +17,7 @@ from infra.errors import BadRequest
 from infra.mlflow_store import open_client
 from infra.promotion import verify_version
 from infra.run_logger import RunLogger
+from pipelines.data.index import DatasetIndex
 from pipelines.training.config import load_config
 from pipelines.training.run_data import RunData
 from tests.genmodels import tiny
@@ -156,10 +157,14 @@ def test_a_card_of_ones_own_gets_the_facts_too(store: Path) -> None:
 
 def test_what_a_run_says_of_its_data() -> None:
     config = load_config("ldm_demo", ["data.crop=random", "data.caption=json:text", "data.max_bad_share=0.01"])
-    index: Any = SimpleNamespace(samples=7, digest="abc")
+    shards = (["a.tar", "b.tar", "b.tar"], np.array([5, 2, 2]), np.array([10240, 10240, 10240]))
+    index = DatasetIndex("s3://bucket/train", "s3://bucket/train", "abc", 32, *shards)
     told = RunData(index).described(config)
     assert told["samples"] == 7 and told["index digest"] == "abc" and told["licence"] == cards.NOT_STATED
     assert told["crop"].startswith("random") and told["caption"] == "json:text"
     assert told["largest allowed share of bad samples"] == "0.01"
+    assert "samples in an epoch" not in told
+    mixed = RunData(index, new_share=4 / 9).described(config)  # b.tar is new, and comes twice
+    assert (mixed["samples"], mixed["samples in an epoch"]) == (7, "9, 0.444 of them new")
     stated = RunData(index).described(load_config("ldm_demo", ["data.license=CC0"]))
     assert stated["licence"] == "CC0"

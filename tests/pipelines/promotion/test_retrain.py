@@ -75,6 +75,7 @@ def test_a_model_is_trained_again_where_its_data_have_grown(
     assert "of an epoch of 128 samples 0.500 are new" in told
     assert (worse["event"], worse["outcome"], worse["champion"]) == ("refused", "refused", "1")
     client = open_client(None)
+    assert {k: str(v) for k, v in client.get_registered_model("again").aliases.items()} == {"champion": "1"}
     version = client.get_model_version("again", worse["version"])
     settled = RunFolder(worse["run_folder"]).config()
     assert (settled.data.new_share, settled.run.max_hours) == (0.5, 1.0)

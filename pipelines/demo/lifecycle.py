@@ -91,7 +91,7 @@ def live(story: Story) -> dict[str, Any]:
     story.job("autoencoder", "train_autoencoder.py", "lifecycle_autoencoder")
     story.job("text-encoder", "train_clip.py", "lifecycle_text")
 
-    story.tell("Search", "four trials of a fifth of the training; the worse ones are cut off early")
+    story.tell("Search", "four trials of a quarter of the training; the worse ones are cut off early")
     search = story.job(
         "search", "tune.py", "lifecycle", "lifecycle", *seed, f"search.seed={story.seed}", "workers.count=1"
     )

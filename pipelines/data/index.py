@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,6 +77,20 @@ def _load_sidecar(url: str, digest: str) -> ShardScan:
     return ShardScan.from_json(read_bytes(url))  # the digest is there so that a new index does not meet an old sidecar
 
 
+class ListedShard(NamedTuple):
+    """A shard as the storage lists it."""
+
+    size: int  # bytes
+    written: float  # seconds since 1970; 0 where the storage does not say
+
+    @staticmethod
+    def of(entry: dict[str, Any]) -> ListedShard:
+        """From an entry of a detailed listing by fsspec."""
+        when = entry.get("mtime", entry.get("LastModified"))  # of a file; of an object on S3
+        written = when.timestamp() if isinstance(when, datetime) else float(when or 0)
+        return ListedShard(int(entry["size"]), written)
+
+
 @dataclass(frozen=True)
 class Location:
     """What a dataset URL stands for: a folder, and the pattern of its shards."""
@@ -111,30 +125,24 @@ class Location:
         """Of the copy of an index that stays."""
         return f"{self.index_name.removesuffix('.json')}.{digest[:16]}.json"
 
-    def shards(self) -> dict[str, int]:
+    def sizes(self) -> dict[str, int]:
         """Bytes of each shard by name, sorted. Raises BadRequest where there is none or no access."""
-        sizes = {name: int(entry["size"]) for name, entry in self._list().items()}
-        if not sizes:
-            raise BadRequest(f"data: no shard matches {self.folder}/{self.pattern}; prepare_shards.py makes some")
-        return dict(sorted(sizes.items()))
+        return {name: shard.size for name, shard in self.shards().items()}
 
-    def written(self) -> dict[str, float]:
-        """When each shard was written, by name, in seconds since 1970; without those whose storage does not say."""
-        found = {}
-        for name, entry in self._list().items():
-            when = entry.get("mtime", entry.get("LastModified"))  # of a file; of an object on S3
-            if when is not None:
-                found[name] = when.timestamp() if isinstance(when, datetime) else float(when)
-        return found
-
-    def _list(self) -> dict[str, dict[str, Any]]:
+    def shards(self) -> dict[str, ListedShard]:
+        """What the storage lists, by name, sorted. Raises BadRequest where there is none or no access."""
         check_access(self.folder)
         filesystem, path = open_filesystem(self.folder)
         try:
             found = filesystem.glob(f"{path}/{self.pattern}", detail=True)
         except OSError as error:
             raise BadRequest(f"data: cannot list {self.folder}: {error}; check the address and your access") from error
-        return {name[len(path) + 1 :]: entry for name, entry in found.items() if entry["type"] == "file"}
+        shards = {
+            name[len(path) + 1 :]: ListedShard.of(entry) for name, entry in found.items() if entry["type"] == "file"
+        }
+        if not shards:
+            raise BadRequest(f"data: no shard matches {self.folder}/{self.pattern}; prepare_shards.py makes some")
+        return dict(sorted(shards.items()))
 
 
 def _read_index(location: Location, root: str, digest: str | None = None) -> dict[str, Any] | None:
@@ -245,33 +253,35 @@ def build_index(
 ) -> DatasetIndex:
     """Read every shard and write sidecars and index; `scan` says where the shards are read."""
     location = Location.parse(url)
-    sizes = location.shards()
+    names = list(location.shards())
     root = writable_root(location, index_root)
-    return write_index(location, root, dict(scan(location, root, list(sizes), chunk_samples)), chunk_samples)
+    return write_index(location, root, dict(scan(location, root, names, chunk_samples)), chunk_samples)
 
 
 def refresh_index(url: str, index_root: str | None = None) -> DatasetIndex:
     """The index of the dataset at `url` as its shards are now: where some were added or changed, these are read here,
     into chunks of as many samples as the others have. Raises BadRequest as `load_index` does."""
     location = Location.parse(url)
-    sizes = location.shards()
+    shards = location.shards()
     for root in _roots(location, index_root):
         raw = _read_index(location, root)
         if raw is None:
             continue
-        same = {shard["name"]: shard["bytes"] for shard in raw["shards"]} == sizes
-        if same and not _written_since(location, f"{root}/{location.index_name}"):
+        same = {shard["name"]: shard["bytes"] for shard in raw["shards"]} == {
+            name: shard.size for name, shard in shards.items()
+        }
+        # Tars are padded: other samples may take as many bytes.
+        if same and max(shard.written for shard in shards.values()) <= _written(f"{root}/{location.index_name}"):
             return _to_index(location, root, raw)
-        facts = dict(scan_here(location, root, list(sizes), raw["chunk_samples"], progress=False))
+        facts = dict(scan_here(location, root, list(shards), raw["chunk_samples"], progress=False))
         return write_index(location, root, facts, raw["chunk_samples"])
     return load_index(url, index_root, progress=False)
 
 
-def _written_since(location: Location, index: str) -> bool:
-    """Whether a shard is newer than the index: tars are padded, so other samples may take as many bytes."""
-    indexes, path = open_filesystem(index)
-    indexed = indexes.modified(path).timestamp()
-    return any(written > indexed for written in location.written().values())
+def _written(url: str) -> float:
+    """When a file was written, in seconds since 1970."""
+    filesystem, path = open_filesystem(url)
+    return float(filesystem.modified(path).timestamp())
 
 
 def scan_here(
@@ -306,7 +316,7 @@ def load_index(
     of the index, or the dataset is too large to be indexed by one process.
     """
     location = Location.parse(url)
-    sizes = location.shards()
+    sizes = location.sizes()
     if digest is not None:
         return _load_pinned(location, index_root, digest, sizes, present)
     for root in _roots(location, index_root):

@@ -43,6 +43,7 @@ class Story:
 
     def __init__(self, stack: LocalStack, folder: Path, seed: int) -> None:
         self.stack, self.folder, self.seed = stack, folder, seed
+        self.search: dict[str, Any] = {"trials": [], "best": None}
         self.decisions: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self._chapter = 0
@@ -64,7 +65,7 @@ class Story:
         return dict(json.loads(summary.read_text()))
 
     def decide(self, event: str, summary: dict[str, Any]) -> None:
-        """Keep a decision, and tell it."""
+        """Keep a decision, and tell it. Raises RunFailed where it is another one than it should be."""
         decision = {
             "event": event,
             "promoted": bool(summary["promoted"]),
@@ -74,10 +75,23 @@ class Story:
         self.decisions.append(decision)
         what = "a new champion" if decision["promoted"] else "no new version is promoted"
         print(f"\n   → {event}: {what}; the champion is version {decision['champion']}", flush=True)
+        if decision["promoted"] is not _EXPECTED[event]:
+            raise RunFailed(f"{event}: promoted should be {_EXPECTED[event]}: {decision['reason']}")
+
+    def figures(self) -> dict[str, Any]:
+        """Of what has happened so far."""
+        return {
+            "seconds": round(time.time() - psutil.Process().create_time(), 1),  # of the command: imports count
+            "seed": self.seed,
+            "trials": len(self.search["trials"]),
+            "best": self.search["best"],
+            "decisions": self.decisions,
+            "seconds_by_job": self.seconds,
+        }
 
 
-def live(story: Story) -> dict[str, Any]:
-    """The whole story; returns what is known of the search."""
+def live(story: Story) -> None:
+    """The whole story. Raises RunFailed where a step fails, or a decision is another one than it should be."""
     seed = [f"run.seed={story.seed}"]
     first = [digit for digit in _ALL if digit not in _LATER]
     lacking = " and ".join(map(str, _LATER))
@@ -92,12 +106,12 @@ def live(story: Story) -> dict[str, Any]:
     story.job("text-encoder", "train_clip.py", "lifecycle_text")
 
     story.tell("Search", "four trials of a quarter of the training; the worse ones are cut off early")
-    search = story.job(
+    story.search = story.job(
         "search", "tune.py", "lifecycle", "lifecycle", *seed, f"search.seed={story.seed}", "workers.count=1"
     )
 
     story.tell("The best one goes on", "from its checkpoint to the end, and is judged: there is no champion yet")
-    preset = search["preset"]
+    preset = story.search["preset"]
     trained = story.job("first-training", "train_ldm.py", preset, "workers.count=2")
     story.decide("first", story.job("first", "promote.py", trained["model_uri"], *_MEASURED))
 
@@ -118,21 +132,20 @@ def live(story: Story) -> dict[str, Any]:
     story.tell("Rollback", "somebody prefers the version before")
     story.decide("rollback", story.job("rollback", "promote.py", _MODEL, "--rollback"))
     story.job("history", "promote.py", _MODEL, "--history")
-    return search
 
 
 def run(out: Path, seed: int, keep: bool) -> dict[str, Any]:
     """Start the stack, live the story, stop the stack; writes and returns the figures.
 
-    Raises RunFailed where a step failed, or a decision is another one than it should be.
+    Raises RunFailed as `live` does: the figures so far are written then too.
     """
-    began = psutil.Process().create_time()  # of the command, so that imports count
     folder = run_root() / "lifecycle-stack"
     LocalStack.find(folder).down(purge=True)  # of an earlier demo
     jobs = out.parent / "demo-lifecycle"
     jobs.mkdir(parents=True, exist_ok=True)
     print("━━ Starting S3, MLflow and Ray on 127.0.0.1", flush=True)
     stack = LocalStack.up(folder, nodes=2, cpus=4)
+    story = Story(stack, jobs, seed)
     try:
         environment = stack.environment()
         for name in MISLEADING:
@@ -140,8 +153,7 @@ def run(out: Path, seed: int, keep: bool) -> dict[str, Any]:
         os.environ |= {key: value for key, value in environment.items() if key.startswith("AWS_")}
         for part in stack.parts:
             print(f"   {part.name:8s} {part.url}", flush=True)
-        story = Story(stack, jobs, seed)
-        search = live(story)
+        live(story)
     finally:
         if keep:
             print(
@@ -149,19 +161,9 @@ def run(out: Path, seed: int, keep: bool) -> dict[str, Any]:
             )
         else:
             stack.down(purge=True)
-    summary = {
-        "seconds": round(time.time() - began, 1),
-        "seed": seed,
-        "trials": len(search["trials"]),
-        "best": search["best"],
-        "decisions": story.decisions,
-        "seconds_by_job": story.seconds,
-    }
-    out.write_text(json.dumps(summary, indent=2) + "\n")
-    for decision, (event, promoted) in zip(story.decisions, _EXPECTED.items(), strict=True):
-        if (decision["event"], decision["promoted"]) != (event, promoted):
-            raise RunFailed(f"{event}: promoted is {decision['promoted']}, not {promoted}: {decision['reason']}")
-    return summary
+        figures = story.figures()
+        out.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures
 
 
 def main() -> None:

@@ -99,7 +99,12 @@ def open_client(uri: str | None = None) -> MlflowClient:
         alone = FileLock(f"{file}.lock")  # two processes that fill it at once are in each other's way
     from mlflow.tracking import MlflowClient
 
-    for noisy in ("alembic", "mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+    for noisy in (
+        "alembic",
+        "mlflow.store.db.utils",
+        "mlflow.store.model_registry.abstract_store",
+        "mlflow.system_metrics.system_metrics_monitor",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     with alone:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +14,7 @@ from genmodels.gan.losses import adversarial_loss
 from genmodels.objective import Batch, Objective, Phase, PhaseLoss
 
 
-class AdversarialObjective(Objective):
+class AdversarialObjective(Objective, ABC):
     """Networks "discriminator" and "generator", in the order of their phases."""
 
     def __init__(self, discriminator: nn.Module, generator: nn.Module) -> None:
@@ -21,13 +22,13 @@ class AdversarialObjective(Objective):
         self.networks: dict[str, nn.Module] = {"discriminator": discriminator, "generator": generator}
         self.frozen: dict[str, nn.Module] = {}
 
+    @abstractmethod
     def discriminator_loss(self, batch: Batch) -> PhaseLoss:
         """What the discriminator minimises."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generator_loss(self, batch: Batch) -> PhaseLoss:
         """What the generator minimises."""
-        raise NotImplementedError
 
     def load_weights(self, folder: Path) -> None:
         """Start from an export. Raises ValueError where there is none, or it does not fit."""
@@ -43,9 +44,9 @@ class TranslationObjective(AdversarialObjective):
         self.phases = [Phase("discriminator", self.discriminator_loss), Phase("generator", self.generator_loss)]
 
     @staticmethod
+    @abstractmethod
     def build(config: Any) -> tuple[nn.Module, nn.Module]:
         """The discriminator and the generator, freshly initialised."""
-        raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Any, inputs: Path | None = None) -> Self:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import textwrap
 
 from rich.console import Console
 
@@ -12,6 +12,8 @@ from infra.errors import BadRequest, check_summary, write_summary
 from pipelines.training.config import TrainConfig, load_config
 from pipelines.training.dry_run import describe
 from pipelines.training.explain import describe_keys
+
+_WIDTH = 118  # of what is printed at the end
 
 
 def parse(description: str, default_preset: str, *allowed: str) -> tuple[TrainConfig, argparse.Namespace]:
@@ -63,11 +65,9 @@ def run(description: str, default_preset: str, *kinds: str) -> None:
         f"[bold]{summary['run']}[/]: {summary['outcome']}, {summary['steps']} steps, {summary['epochs']:.2f} epochs",
         highlight=False,
     )
-    console.print(
-        f"  figures   {json.dumps({key: round(value, 5) for key, value in summary['figures'].items()})}",
-        highlight=False,
-        markup=False,
-    )
+    figures = "  ".join(f"{name}={value:.5g}" for name, value in summary["figures"].items())
+    aligned = textwrap.fill(figures, _WIDTH, initial_indent="  figures   ", subsequent_indent=" " * 12)
+    console.print(aligned, highlight=False, markup=False)
     console.print(f"  run       {summary['run_folder']}", highlight=False, markup=False)
     console.print(f"  export    {summary['export']}", highlight=False, markup=False)
     console.print(

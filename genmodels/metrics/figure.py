@@ -39,7 +39,7 @@ class Figure(Section):
 
     def told(self) -> str:
         """In a line: the value, and its interval."""
-        return f"{self.value:.6g}" + ("" if self.low is None else f" [{self.low:.6g}, {self.high:.6g}]")
+        return f"{self.value:.5g}" + ("" if self.low is None else f" [{self.low:.4g}, {self.high:.4g}]")
 
 
 Verdict = Literal["better", "worse", "undecided"]

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,8 @@ def main() -> None:
     summary = run(out, arguments.seed, arguments.keep)
     print(f"\n━━ Done in {summary['seconds']:.0f} s; {summary['trials']} trials; figures {out}")
     for decision in summary["decisions"]:
-        print(f"   {decision['event']:12s} champion {decision['champion']}   {decision['reason']}")
+        reason = textwrap.shorten(decision["reason"], 90, placeholder=" …")
+        print(f"   {decision['event']:12s} champion {decision['champion']}   {reason}")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def read_gates(path: str | None, overrides: list[str]) -> Gates:
 
 def show(summary: dict[str, Any]) -> None:
     """Print the gates, one a line, and the decision."""
-    console = Console(soft_wrap=True)
+    console = _console()
     console.print(f"[bold]{summary['model']}[/] version {summary['version']}: {summary['outcome']}", highlight=False)
     if checks := summary["checks"]:
         table = Table(box=None, padding=(0, 2, 0, 2), show_header=False)
@@ -118,8 +118,6 @@ def show(summary: dict[str, Any]) -> None:
 
 def show_history(name: str, decisions: list[Decision], champion: str | None) -> None:
     """Print the decisions, oldest first."""
-    console = Console(soft_wrap=True)
-    console.width = max(console.width, 100)
     table = Table(title=f"{name}: champion is {_told(champion)}", padding=(0, 1, 0, 0))
     for column in ("", "when", "version", "event", "champion", "reason"):
         table.add_column(column)
@@ -129,7 +127,15 @@ def show_history(name: str, decisions: list[Decision], champion: str | None) -> 
             f"{each.before or '–'} → {each.champion or '–'}" if each.before != each.champion else each.champion or "–"
         )
         table.add_row(str(each.number), when, each.version, each.event, moved, each.reason)
-    console.print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """With room for a table in the log of a job, which has no width of its own."""
+    console = Console(soft_wrap=True)
+    if not console.is_terminal:
+        console.width = 118
+    return console
 
 
 def _told(version: str | None) -> str:

@@ -110,7 +110,7 @@ def _actors(name: str) -> list[psutil.Process]:
 def test_a_population_whose_driver_is_killed_goes_on(
     run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    crowd = {"method": "pbt", "worst_share": 0.5}
+    crowd = {"method": "pbt", "steps": 12, "worst_share": 0.5}
     command = [sys.executable, str(CHECKOUT / "pipelines" / "tune.py"), *run.typed("crowd", **crowd)]
     folder = RunFolder(str(run_root / "crowd"))
     environment = small_run.environment(run_root)
@@ -126,9 +126,9 @@ def test_a_population_whose_driver_is_killed_goes_on(
     for trial in after:  # what was known is not forgotten, and nothing is trained twice
         known = before[trial.number].reports
         assert trial.reports[: len(known)] == known or trial.reports[: len(known) - 1] == known[:-1]
-        assert [each["step"] for each in trial.reports if each["run"] == trial.run][-1] == 8
+        assert [each["step"] for each in trial.reports if each["run"] == trial.run][-1] == 12
     for trial in after:
         if trial.earlier:  # it went on from the other one's weights
             assert trial.continue_from is not None and f"/{after[1 - trial.number].run}" in trial.continue_from
-    assert found["outcome"] == "searched" and found["best"]["steps"] == 8
+    assert found["outcome"] == "searched" and found["best"]["steps"] == 12
     assert "crowd: searched" in capsys.readouterr().out

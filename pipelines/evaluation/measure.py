@@ -103,7 +103,7 @@ def _check_unused(name: str, reasons: list[str], count: int) -> None:
 
 
 class _Measurer:
-    """One actor: opens a source when its first block comes."""
+    """One actor: opens a source when its first block comes, and closes the one before; they come in order."""
 
     def __init__(self, shared: list[Any]) -> None:
         import ray
@@ -124,6 +124,7 @@ class _Measurer:
         told = {"source": [name], "start": [start], "stop": [stop]}
         try:
             if name not in self._open:
+                self._open.clear()  # two models need not have room at once
                 self._open[name] = self._sources[name].open(self._device)
             block = self._open[name](start, stop)
         except (BadRequest, ValueError) as error:

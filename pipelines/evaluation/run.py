@@ -6,10 +6,11 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 from rich.console import Console
@@ -21,7 +22,7 @@ from infra.mlflow_store import check_tracking
 from infra.storage import run_root
 from pipelines.drawing_options import complete_options
 from pipelines.evaluation.curves import measure_curves
-from pipelines.evaluation.figures import Measured, Sets, measure_figures
+from pipelines.evaluation.figures import Measured, Reader, Sets, measure_figures
 from pipelines.evaluation.findings import findings
 from pipelines.evaluation.measure import Extractors, measure
 from pipelines.evaluation.plan import (
@@ -55,58 +56,134 @@ class _Clock:
         self._last = now
 
 
+class _Set(NamedTuple):
+    """Pictures that are measured: where their features go, what is noted there, the title of their bar, and whether
+    features that are there already will do."""
+
+    source: Source
+    folder: Path
+    facts: dict[str, Any]
+    title: str
+    keep: bool
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One evaluation, before any picture is drawn."""
+
+    request: Request
+    subject: Subject
+    out: Path
+    extractors: Extractors
+    reader: Reader | None
+    references: dict[str, Reference]
+    generated: Source
+    curves: dict[str, dict[str, Drawn]]
+
+    @staticmethod
+    def of(request: Request, subject: Subject, extractors: Extractors, reader: Reader | None) -> _Plan:
+        """Raises BadRequest where something cannot be used."""
+        request = replace(request, options=complete_options(request.options, subject.folder))
+        if request.perceptual is not None and subject.kind != "autoencoder":
+            raise BadRequest(
+                f"--lpips compares an autoencoder's reconstructions, and {request.model} is no autoencoder"
+            )
+        if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():
+            raise BadRequest(f"--lpips {request.perceptual}: there is no such file")
+        references = references_of(request, subject, extractors)
+        generated = generated_of(request, subject, references["held_out"])
+        check_counts(generated, references)
+        if reader is not None and not readable(generated, references["held_out"]):
+            reader = None
+        curves = curve_sources(request, generated) if isinstance(generated, Drawn) else {}
+        out = request.out or run_root() / "evaluation" / _folder_name(subject)
+        return _Plan(request, subject, out, extractors, reader, references, generated, curves)
+
+    def sets(self) -> dict[str, _Set]:
+        """All pictures that are looked at, by name: generated, held_out, training where known, and those of curves."""
+        pictures = self.out / "pictures"
+        found = {"generated": _Set(self.generated, pictures / "generated", {}, "pictures", keep=False)}
+        for curve in self.curves.values():
+            found |= {name: _Set(drawn, pictures / name, {}, "curves", keep=False) for name, drawn in curve.items()}
+        titles = {"held_out": "real pictures", "training": "training pictures"}
+        for name, reference in self.references.items():
+            found[name] = _Set(reference.shards, reference.folder, reference.facts(), titles[name], keep=True)
+        return found
+
+
 def evaluate(request: Request) -> dict[str, Any]:
     """Carry it out; returns figures, findings and paths.
 
     Raises:
         BadRequest: something cannot be used; the message says what to do.
     """
-    clock = _Clock()
-    subject = find_subject(request.model, request.tracking_uri)
-    request = replace(request, options=complete_options(request.options, subject.folder))
-    if request.perceptual is not None and subject.kind != "autoencoder":
-        raise BadRequest(f"--lpips compares an autoencoder's reconstructions, and {request.model} is no autoencoder")
-    if request.perceptual is not None and not Path(request.perceptual).expanduser().is_file():
-        raise BadRequest(f"--lpips {request.perceptual}: there is no such file")
-    extractors, reader = extractors_of(request, subject)
-    references = references_of(request, subject, extractors)
-    out = request.out or run_root() / "evaluation" / _folder_name(subject)
-    generated = generated_of(request, subject, references["held_out"])
-    check_counts(generated, references)
-    if reader is not None and not readable(generated, references["held_out"]):
-        reader = None
-    sources: dict[str, Source] = {"generated": generated}
-    curves = curve_sources(request, generated) if isinstance(generated, Drawn) else {}
-    sources |= {name: source for found in curves.values() for name, source in found.items()}
-    folders = {name: out / "pictures" / name for name in sources}
-    facts: dict[str, dict[str, Any]] = {name: {} for name in sources}
-    stores: dict[str, FeatureStore] = {}
-    for name, reference in references.items():
-        if (store := FeatureStore.open(reference.folder)) is not None:
-            stores[name] = store
-        else:
-            sources[name], folders[name], facts[name] = reference.shards, reference.folder, reference.facts()
+    return evaluate_together([request])[0]
+
+
+def evaluate_together(requests: Sequence[Request]) -> list[dict[str, Any]]:
+    """Carry out requests that differ in the model alone, with actors that are started once. Raises as `evaluate`."""
+    clock, first = _Clock(), requests[0]
+    subjects = [find_subject(request.model, request.tracking_uri) for request in requests]
+    looks = extractors_of(first, subjects[0])
+    plans = [_Plan.of(request, subject, *looks) for request, subject in zip(requests, subjects, strict=True)]
     clock.lap("checks")
-    actors, use_gpu = _connect(request)
-    _check_nodes(request, subject, references)
+    actors, use_gpu = _connect(first)
+    for plan in plans:
+        _check_nodes(plan.request, plan.subject, plan.references)
     clock.lap("ray")
-    with _Bars(sources) as (bar, rows):
-
-        def done(name: str, pictures: int) -> None:
-            bar.advance(rows[name], pictures)
-
-        stores |= measure(sources, folders, facts, extractors, actors, use_gpu, done)
+    stores = _measure(plans, looks[0], actors, use_gpu)
     clock.lap("pictures and features")
+    return [_conclude(plan, stores, clock) for plan in plans]
 
+
+def _measure(plans: Sequence[_Plan], extractors: Extractors, actors: int, use_gpu: bool) -> dict[Path, FeatureStore]:
+    """The features of all pictures, by their folder; those that several plans look at are measured once."""
+    stores: dict[Path, FeatureStore] = {}
+    missing: dict[str, _Set] = {}
+    for plan in plans:
+        for name, each in plan.sets().items():
+            if each.folder in stores or each.folder in (other.folder for other in missing.values()):
+                continue
+            if each.keep and (store := FeatureStore.open(each.folder)) is not None:
+                stores[each.folder] = store
+            elif name not in missing:
+                missing[name] = each
+            else:
+                of = f" of {plan.request.model}"
+                missing[name + of] = each._replace(title=each.title + of)
+    sources = {name: each.source for name, each in missing.items()}
+    folders = {name: each.folder for name, each in missing.items()}
+    facts = {name: each.facts for name, each in missing.items()}
+    with _bars(missing) as done:
+        measured = measure(sources, folders, facts, extractors, actors, use_gpu, done)
+    return stores | {folders[name]: store for name, store in measured.items()}
+
+
+@contextmanager
+def _bars(sets: Mapping[str, _Set]) -> Iterator[Callable[[str, int], None]]:
+    """A bar for each title; gives what is told a set and how many pictures more are done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    totals: dict[str, int] = {}
+    for each in sets.values():
+        totals[each.title] = totals.get(each.title, 0) + each.source.count
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        rows = {title: bar.add_task(title, total=total) for title, total in totals.items()}
+        yield lambda name, pictures: bar.advance(rows[sets[name].title], pictures)
+
+
+def _conclude(plan: _Plan, measured_sets: Mapping[Path, FeatureStore], clock: _Clock) -> dict[str, Any]:
+    """From features to figures, and to all that is written of them."""
+    request, subject, extractors, out = plan.request, plan.subject, plan.extractors, plan.out
+    stores = {name: measured_sets[each.folder] for name, each in plan.sets().items()}
     sets = Sets(stores["generated"], stores["held_out"], stores.get("training"))
-    conditions = _conditions(request, sources["generated"], extractors, references, sets)
+    conditions = _conditions(request, plan.generated, extractors, plan.references, sets)
     texts = None
     if extractors.clip is not None and all(sets.generated.captions):
         texts = extractors.clip.texts(sets.generated.captions)
-    measured = measure_figures(sets, conditions, reader, texts)
+    measured = measure_figures(sets, conditions, plan.reader, texts)
     found = findings(measured)
     slices = {BY_WORD: by_word(sets, measured), BY_CLASS: by_class(sets, measured)}
-    drawn_curves = measure_curves(request, curves, stores, sets, reader, extractors)
+    drawn_curves = measure_curves(request, plan.curves, stores, sets, plan.reader, extractors)
     clock.lap("figures")
     facts_told = {"model": request.model, "digest of the model": subject.digest, "pictures": str(out / "pictures")}
     report = out / "report.html"
@@ -123,7 +200,7 @@ def evaluate(request: Request) -> dict[str, Any]:
         "figures_file": str(out / "figures.json"),
     }
     clock.lap("report")
-    summary["seconds_by_part"] = clock.seconds
+    summary["seconds_by_part"] = dict(clock.seconds)
     summary["seconds"] = round(time.perf_counter() - clock.began, 1)
     Path(summary["figures_file"]).write_text(json.dumps(summary, indent=2) + "\n")
     if request.log:
@@ -147,32 +224,6 @@ def _connect(request: Request) -> tuple[int, bool]:
     if actors > room[kind]:
         raise BadRequest(f"--actors {actors}: Ray has room for {int(room[kind])}{cluster.GROWS}")
     return actors, kind == "GPU"
-
-
-class _Bars:
-    """A bar for what is drawn and one for each set of real pictures."""
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=Console(stderr=True))
-        self._sources = sources
-
-    def __enter__(self) -> tuple[Progress, dict[str, Any]]:
-        self._bar.__enter__()
-        rows, titles = {}, {"generated": "pictures", "held_out": "real pictures", "training": "training pictures"}
-        curve = None
-        for name, source in self._sources.items():
-            if name in titles:
-                rows[name] = self._bar.add_task(titles[name], total=source.count)
-                continue
-            if curve is None:
-                others = [each.count for key, each in self._sources.items() if key not in titles]
-                curve = self._bar.add_task("curves", total=sum(others))
-            rows[name] = curve
-        return self._bar, rows
-
-    def __exit__(self, *error: Any) -> None:
-        self._bar.__exit__(*error)
 
 
 def _conditions(

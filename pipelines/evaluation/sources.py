@@ -138,7 +138,7 @@ class Drawn:
         return draw
 
 
-_models: dict[tuple[str, str], Any] = {}  # of this process: several sources draw with one
+_models: dict[tuple[str, str], Any] = {}  # the one of this process: several sources, one after the other, draw with it
 
 
 def _opened_model(reference: str, tracking_uri: str | None, precision: str, device: Any) -> Any:
@@ -146,6 +146,7 @@ def _opened_model(reference: str, tracking_uri: str | None, precision: str, devi
     from infra.registry import resolve_model
 
     if (reference, precision) not in _models:
+        _models.clear()
         folder = resolve_model(reference, tracking_uri)
         _models[reference, precision] = open_drawing_model(folder, device, precision)
     return _models[reference, precision]

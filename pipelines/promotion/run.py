@@ -11,7 +11,7 @@ from infra.promotion import challenge, champion_of, champions, conclude, history
 from infra.registry_lease import RegistryLease
 from pipelines.evaluation.plan import Request
 from pipelines.evaluation.references import data_of, pinned_index
-from pipelines.evaluation.run import evaluate
+from pipelines.evaluation.run import evaluate_together
 from pipelines.evaluation.subject import find_subject
 from pipelines.promotion.command import tell_mended
 from pipelines.promotion.gates import Evaluated, Gates, judge, reason_of
@@ -55,9 +55,10 @@ def decide(
             held.callback(withdraw, lease)
         request = replace(request, model=f"models:/{name}/{version}", tracking_uri=uri, log=not dry_run)
         request, conditional = _of_candidate(request)
-        summaries = {"candidate": evaluate(request)}
+        requests = {"candidate": request}
         if compared is not None:
-            summaries["champion"] = evaluate(replace(request, model=f"models:/{name}/{compared}"))
+            requests["champion"] = replace(request, model=f"models:/{name}/{compared}")
+        summaries = dict(zip(requests, evaluate_together(list(requests.values())), strict=True))
         evaluated = {role: Evaluated.of(summary, conditional) for role, summary in summaries.items()}
         try:
             checks = judge(evaluated["candidate"], evaluated.get("champion"), gates)

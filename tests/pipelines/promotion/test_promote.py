@@ -69,6 +69,10 @@ def test_a_life_of_champions(run: Any, versions: str, capsys: pytest.CaptureFixt
     def aliases() -> dict[str, str]:
         return {k: str(v) for k, v in open_client(versions).get_registered_model("promo").aliases.items()}
 
+    def figures_of_1() -> dict[str, str]:
+        tags = open_client(versions).get_model_version("promo", "1").tags
+        return {name: text for name, text in tags.items() if name.startswith("evaluation.")}
+
     refused = run("models:/promo/1")  # noise reaches no threshold
     assert refused["outcome"] == "refused" and refused["champion"] is None and not aliases()
     assert "of real" in refused["reason"]
@@ -76,7 +80,9 @@ def test_a_life_of_champions(run: Any, versions: str, capsys: pytest.CaptureFixt
     assert (first["outcome"], first["event"], first["promoted"], first["champion"]) == ("promoted", "first", True, "1")
     again = run("models:/promo/1", *NEARER)
     assert again["outcome"] == "already champion"
+    alone = figures_of_1()
     better = run("models:/promo/2", *NEARER)
+    assert len(alone) > 5 and figures_of_1() == alone  # measured again, beside version 2, by the same actors
     assert (better["event"], better["champion"], better["before"]) == ("better", "2", "1")
     assert "frechet_distance" in better["reason"] and better["candidate"]["figures"]
     worse = run("models:/promo", "--dry-run", *NEARER)  # the newest version: 3

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -16,8 +17,10 @@ import yaml
 from infra.errors import BadRequest
 from infra.mlflow_store import open_client
 from pipelines.search.command import argument_parser, search
-from pipelines.search.record import read_trials
+from pipelines.search.record import Trial, read_trials
+from pipelines.search.trial import run_trial
 from pipelines.training.checkpoint import find_checkpoint
+from pipelines.training.presets import override
 from pipelines.training.run_folder import RunFolder
 from tests.pipelines.training import small_run
 from tests.pipelines.training.small_run import CHECKOUT, kill_tree, wait_until
@@ -108,7 +111,7 @@ def _actors(name: str) -> list[psutil.Process]:
 
 
 def test_a_population_whose_driver_is_killed_goes_on(
-    run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Any, run_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crowd = {"method": "pbt", "steps": 12, "worst_share": 0.5}
     command = [sys.executable, str(CHECKOUT / "pipelines" / "tune.py"), *run.typed("crowd", **crowd)]
@@ -132,3 +135,34 @@ def test_a_population_whose_driver_is_killed_goes_on(
             assert trial.continue_from is not None and f"/{after[1 - trial.number].run}" in trial.continue_from
     assert found["outcome"] == "searched" and found["best"]["steps"] == 12
     assert "crowd: searched" in capsys.readouterr().out
+    better, worse = sorted(after, key=lambda trial: trial.reports[-1]["figures"]["val_loss"])
+    _goes_on_from_another_ones_weights(folder, better, worse, tmp_path, monkeypatch)
+
+
+def _goes_on_from_another_ones_weights(
+    folder: RunFolder, better: Trial, worse: Trial, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worse trial is given what the better one had reported before the last interval, with the same values: it
+    ends where the better one ended. Who meets whom in a population is a matter of time; here it is certain."""
+    from ray import tune
+
+    before = better.reports[-2]
+    start = before["checkpoint"] if before["run"] == better.run else better.continue_from
+    pointer = {"number": better.number, "step": before["step"], "checkpoint": start}
+    given = tmp_path / "given"
+    given.mkdir()
+    (given / "pointer.json").write_text(json.dumps(pointer))
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(tune, "get_context", lambda: SimpleNamespace(get_trial_id=lambda: f"x_{worse.number:05d}"))
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: tune.Checkpoint.from_directory(str(given)))
+    monkeypatch.setattr(tune, "report", lambda figures, checkpoint=None: told.append(figures))
+    search, described = folder.read("search.json") or {}, folder.read("run.json") or {}
+    base = override(search["base"], [f"data.index={search['index']}"])
+    job = {"base": base, "search": search["search"], "folder": folder.url, "environment": {}}
+    run_trial(better.values, job | {"parent_run": described["mlflow_run_id"]})
+    forked = read_trials(folder)[worse.number]
+    assert (forked.earlier, forked.continue_from, forked.complete) == ([*worse.earlier, worse.run], start, True)
+    assert RunFolder(str(Path(folder.url).parent / forked.run)).config().run.continue_from == start
+    assert [each["step"] for each in told] == [12] and forked.reports[-1]["run"] == forked.run
+    assert told[0]["val_loss"] == pytest.approx(better.reports[-1]["figures"]["val_loss"], rel=1e-5)
+    assert told[0]["val_loss"] != pytest.approx(worse.reports[-1]["figures"]["val_loss"], rel=1e-3)

@@ -36,7 +36,14 @@ _LATER = (4, 7)  # digits that the first shards lack
 _ALL = tuple(range(10))
 # Pictures of 16×16 pixels: ten steps of the sampler, on both worker nodes.
 _MEASURED = ["--count", "1000", "--num-steps", "10", "--guidance-scale", "2", "--sampler", "euler"]
-_EXPECTED = {"first": True, "better": True, "nothing_new": False, "poisoned": False, "rollback": False}
+# Whether a new version is promoted, and who is the champion then.
+_EXPECTED = {
+    "first": (True, "1"),
+    "better": (True, "2"),
+    "nothing_new": (False, "2"),
+    "poisoned": (False, "2"),
+    "rollback": (False, "1"),
+}
 
 
 class Story:
@@ -76,8 +83,11 @@ class Story:
         self.decisions.append(decision)
         what = "a new champion" if decision["promoted"] else "no new version is promoted"
         print(f"\n   → {event}: {what}; the champion is version {decision['champion']}", flush=True)
-        if decision["promoted"] is not _EXPECTED[event]:
-            raise RunFailed(f"{event}: promoted should be {_EXPECTED[event]}: {decision['reason']}")
+        promoted, champion = _EXPECTED[event]
+        if (decision["promoted"], decision["champion"]) != (promoted, champion):
+            raise RunFailed(
+                f"{event}: promoted should be {promoted}, and the champion {champion}: {decision['reason']}"
+            )
 
     def figures(self) -> dict[str, Any]:
         """Of what has happened so far."""
